@@ -1,0 +1,3 @@
+from .weight_standardization import WSConv2d, convert_ws_conv, standardize_weight
+
+__all__ = ["WSConv2d", "convert_ws_conv", "standardize_weight"]
