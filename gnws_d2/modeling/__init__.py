@@ -1,0 +1,9 @@
+from .backbone import build_resnet_gnws_backbone, build_resnet_gnws_fpn_backbone
+from .roi_heads import FastRCNNConvFCGNWSHead, MaskRCNNConvUpsampleGNWSHead
+
+__all__ = [
+    "FastRCNNConvFCGNWSHead",
+    "MaskRCNNConvUpsampleGNWSHead",
+    "build_resnet_gnws_backbone",
+    "build_resnet_gnws_fpn_backbone",
+]

@@ -1,0 +1,8 @@
+def check_group_norm(key: str, norm: str) -> None:
+    """
+    Raises:
+        ValueError: if `norm`, the value of the config key `key`, is not "GN". Detectron2's
+            defaults (frozen BatchNorm, or none) would build a network without GroupNorm.
+    """
+    if norm != "GN":
+        raise ValueError(f'{key} is "{norm}", but a GN+WS model needs GroupNorm: set {key} GN.')

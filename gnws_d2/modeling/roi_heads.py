@@ -1,0 +1,46 @@
+"""Detectron2's box and mask heads with GroupNorm and Weight Standardization."""
+
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import ROI_BOX_HEAD_REGISTRY, ROI_MASK_HEAD_REGISTRY
+from detectron2.modeling.roi_heads import FastRCNNConvFCHead, MaskRCNNConvUpsampleHead
+
+from ..layers import convert_ws_conv
+from .norm import check_group_norm
+
+
+@ROI_BOX_HEAD_REGISTRY.register()
+class FastRCNNConvFCGNWSHead(FastRCNNConvFCHead):
+    """
+    :class:`FastRCNNConvFCHead` with its convolutions weight-standardized. Same arguments, and
+    ``MODEL.ROI_BOX_HEAD.*`` keys; ValueError if ``MODEL.ROI_BOX_HEAD.NORM`` is not "GN".
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        convert_ws_conv(self)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        check_group_norm("MODEL.ROI_BOX_HEAD.NORM", cfg.MODEL.ROI_BOX_HEAD.NORM)
+        return super().from_config(cfg, input_shape)
+
+
+@ROI_MASK_HEAD_REGISTRY.register()
+class MaskRCNNConvUpsampleGNWSHead(MaskRCNNConvUpsampleHead):
+    """
+    :class:`MaskRCNNConvUpsampleHead` with its convolutions, but not its deconvolution and
+    predictor, weight-standardized. Same arguments, and ``MODEL.ROI_MASK_HEAD.*`` keys; ValueError
+    if ``MODEL.ROI_MASK_HEAD.NORM`` is not "GN".
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        convert_ws_conv(self)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        check_group_norm("MODEL.ROI_MASK_HEAD.NORM", cfg.MODEL.ROI_MASK_HEAD.NORM)
+        return super().from_config(cfg, input_shape)
