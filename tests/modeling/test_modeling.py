@@ -1,0 +1,178 @@
+import copy
+
+import pytest
+import torch
+from detectron2 import model_zoo as d2_model_zoo
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, build_model
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from gnws_d2 import model_zoo
+from gnws_d2.layers import WSConv2d, convert_ws_conv, standardize_weight
+
+
+def get_config(name="mask_rcnn_R50_gnws_2x"):
+    cfg = model_zoo.get_config(name)
+    cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def make_batch(num_classes=80, size=128):
+    torch.manual_seed(0)
+    batch = []
+    for i in range(2):
+        instances = Instances((size, size))
+        instances.gt_boxes = Boxes(torch.tensor([[10.0, 12, 70, 90], [60, 40, 120, 100 + i]]))
+        instances.gt_classes = torch.tensor([0, num_classes - 1])
+        masks = torch.zeros(2, size, size, dtype=torch.bool)
+        masks[0, 12:90, 10:70] = masks[1, 40:100, 60:120] = True
+        instances.gt_masks = BitMasks(masks)
+        image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances})
+    return batch
+
+
+def train_step(model, batch):
+    """Losses, with gradients left in the parameters. Proposals are sampled with a fixed seed."""
+    torch.manual_seed(0)
+    with EventStorage():
+        losses = model(copy.deepcopy(batch))
+    sum(losses.values()).backward()
+    return losses
+
+
+def test_standardized_convolutions_are_those_with_a_norm():
+    model = build_model(get_config())
+    standardized = {name for name, m in model.named_modules() if isinstance(m, WSConv2d)}
+    blocks = {
+        f"backbone.bottom_up.res{stage}.{block}.{conv}"
+        for stage, depth in zip((2, 3, 4, 5), (3, 4, 6, 3))
+        for block in range(depth)
+        for conv in ("conv1", "conv2", "conv3", "shortcut")
+        if conv != "shortcut" or block == 0
+    }
+    fpn = {f"backbone.fpn_{kind}{level}" for kind in ("lateral", "output") for level in range(2, 6)}
+    heads = {f"roi_heads.box_head.conv{i}" for i in range(1, 5)}
+    heads |= {f"roi_heads.mask_head.mask_fcn{i}" for i in range(1, 5)}
+    assert standardized == {"backbone.bottom_up.stem.conv1"} | blocks | fpn | heads
+    for name, m in model.named_modules():
+        if name in standardized:
+            assert m.bias is None
+            assert isinstance(m.norm, torch.nn.GroupNorm)
+            assert (m.norm.num_groups, m.norm.eps, m.norm.affine) == (32, 1e-5, True)
+
+
+def test_stem_and_res2_are_frozen_and_nothing_else():
+    model = build_model(get_config())
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    expected = {
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith(("backbone.bottom_up.stem.", "backbone.bottom_up.res2."))
+    }
+    assert frozen == expected and expected
+
+
+@pytest.mark.parametrize("row", model_zoo.table(), ids=lambda row: row["name"])
+def test_parameters_take_the_published_checkpoints_size(row):
+    model = build_model(get_config(row["name"]))
+    mib = sum(p.numel() * 4 for p in model.parameters()) / 2**20
+    assert mib == pytest.approx(row["checkpoint_mib"], abs=0.1)
+
+
+def test_backbone_without_fpn_has_detectron2s_features():
+    cfg = get_config()
+    backbone = BACKBONE_REGISTRY.get("build_resnet_gnws_backbone")(cfg, ShapeSpec(channels=3))
+    features = backbone(torch.zeros(1, 3, 64, 64))
+    assert {name: tuple(f.shape) for name, f in features.items()} == {
+        "res2": (1, 256, 16, 16),
+        "res3": (1, 512, 8, 8),
+        "res4": (1, 1024, 4, 4),
+        "res5": (1, 2048, 2, 2),
+    }
+    assert isinstance(backbone.stem.conv1, WSConv2d)
+
+
+@pytest.mark.parametrize("section", ["RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"])
+def test_another_norm_is_refused(section):
+    cfg = get_config()
+    cfg.MODEL[section].NORM = "BN"
+    with pytest.raises(ValueError, match=rf'MODEL.{section}.NORM is "BN".*MODEL.{section}.NORM GN'):
+        build_model(cfg)
+
+
+def test_training_step_equals_plain_group_norm_with_standardized_weights():
+    """The reference is Detectron2's own Mask R-CNN, its weights standardized beforehand."""
+    cfg = get_config()
+    torch.manual_seed(0)
+    model = build_model(cfg)
+
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    plain = build_model(cfg)
+    assert not any(isinstance(m, WSConv2d) for m in plain.modules())
+    plain.load_state_dict(model.state_dict())
+    standardized = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, WSConv2d)}
+    for name, p in plain.named_parameters():
+        if name in standardized:
+            p.data = standardize_weight(p.data)
+
+    batch = make_batch()
+    losses, expected = train_step(model, batch), train_step(plain, batch)
+    assert len(losses) == 5
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+
+    plain_parameters = dict(plain.named_parameters())
+    for name, p in model.named_parameters():
+        expected = plain_parameters[name].grad
+        if not p.requires_grad:
+            assert p.grad is None and expected is None
+            continue
+        if name in standardized:
+            weight = p.detach().clone().requires_grad_()
+            (expected,) = torch.autograd.grad(standardize_weight(weight), weight, expected)
+        error = (p.grad - expected).norm() / (expected.norm() + 1e-12)
+        assert error < 1e-4, name
+
+
+@pytest.mark.parametrize(
+    "config_file",
+    [
+        "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+        "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml",
+        "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml",
+        "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
+    ],
+)
+def test_detectron2s_other_models_train_when_converted(config_file):
+    cfg = d2_model_zoo.get_config(config_file)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.INPUT.MASK_FORMAT = "bitmask"
+    for section in ("RESNETS", "FPN", "RETINANET", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
+        cfg.MODEL[section].NORM = "GN"
+    model = build_model(cfg)
+    names = list(model.state_dict())
+    convert_ws_conv(model)
+    assert list(model.state_dict()) == names
+
+    num_classes = 1 if cfg.MODEL.KEYPOINT_ON else 80
+    batch = make_batch(num_classes)
+    for x in batch:
+        x["sem_seg"] = torch.zeros(128, 128, dtype=torch.long)
+        x["instances"].gt_keypoints = keypoints()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    losses = train_step(model, batch)
+    assert all(loss.isfinite() for loss in losses.values())
+    trained = [m for m in model.modules() if isinstance(m, WSConv2d) and m.weight.requires_grad]
+    assert trained and all(m.weight.grad.isfinite().all() for m in trained)
+    before = trained[0].weight.clone()
+    optimizer.step()
+    assert not torch.equal(trained[0].weight, before)
+
+
+def keypoints():
+    from detectron2.structures import Keypoints
+
+    return Keypoints(torch.tensor([[[30.0, 30.0, 2.0]] * 17, [[80.0, 80.0, 2.0]] * 17]))

@@ -1,0 +1,112 @@
+"""The published recipe: every figure here is from the project's reference, not from our configs."""
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler, build_optimizer
+
+from gnws_d2 import model_zoo
+
+EPOCH = 7330
+STEP_EPOCHS = {"1x": (8, 11, 12), "2x": (16, 22, 24), "20-23-24e": (20, 23, 24)}
+ROWS = model_zoo.table()
+
+
+@pytest.fixture(params=ROWS, ids=[row["name"] for row in ROWS])
+def row(request):
+    return request.param
+
+
+def test_network(row):
+    cfg = model_zoo.get_config(row["name"])
+    assert row["backbone"].startswith(("R-50", "R-101", "X-50-32x4d", "X-101-32x4d"))
+    assert cfg.MODEL.RESNETS.DEPTH == (101 if "101" in row["backbone"] else 50)
+    groups = (cfg.MODEL.RESNETS.NUM_GROUPS, cfg.MODEL.RESNETS.WIDTH_PER_GROUP)
+    assert groups == ((32, 4) if "32x4d" in row["backbone"] else (1, 64))
+    assert cfg.MODEL.MASK_ON == (row["detector"] == "Mask R-CNN")
+    assert not cfg.MODEL.RESNETS.STRIDE_IN_1X1
+    assert cfg.MODEL.BACKBONE.FREEZE_AT == 2
+    assert cfg.MODEL.FPN.OUT_CHANNELS == 256
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 80
+    for head, resolution in (("ROI_BOX_HEAD", 7), ("ROI_MASK_HEAD", 14)):
+        head = cfg.MODEL[head]
+        assert (head.NUM_CONV, head.CONV_DIM, head.NORM) == (4, 256, "GN")
+        assert (head.POOLER_TYPE, head.POOLER_SAMPLING_RATIO) == ("ROIAlignV2", 0)
+        assert head.POOLER_RESOLUTION == resolution
+    assert (cfg.MODEL.ROI_BOX_HEAD.NUM_FC, cfg.MODEL.ROI_BOX_HEAD.FC_DIM) == (1, 1024)
+    assert not cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[32], [64], [128], [256], [512]]
+    assert cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS == [[0.5, 1.0, 2.0]]
+    assert cfg.MODEL.RPN.IN_FEATURES == ["p2", "p3", "p4", "p5", "p6"]
+    assert cfg.MODEL.ROI_HEADS.IN_FEATURES == ["p2", "p3", "p4", "p5"]
+
+
+def test_images(row):
+    cfg = model_zoo.get_config(row["name"])
+    assert cfg.INPUT.FORMAT == "RGB"
+    assert cfg.MODEL.PIXEL_MEAN == [123.675, 116.28, 103.53]
+    assert cfg.MODEL.PIXEL_STD == [58.395, 57.12, 57.375]
+    assert (cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN) == ((800,), 1333)
+    assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == (800, 1333)
+    assert cfg.INPUT.RANDOM_FLIP == "horizontal" and not cfg.INPUT.CROP.ENABLED
+    assert cfg.INPUT.MASK_FORMAT == "bitmask"
+    assert cfg.DATASETS.TRAIN == ("coco_2017_train",) and cfg.DATASETS.TEST == ("coco_2017_val",)
+
+
+def test_sampling_losses_and_test_settings(row):
+    cfg = model_zoo.get_config(row["name"])
+    rpn, roi = cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS
+    assert (rpn.BATCH_SIZE_PER_IMAGE, rpn.POSITIVE_FRACTION) == (256, 0.5)
+    assert rpn.IOU_THRESHOLDS == [0.3, 0.7]
+    assert (rpn.PRE_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TRAIN) == (2000, 1000)
+    assert (rpn.PRE_NMS_TOPK_TEST, rpn.POST_NMS_TOPK_TEST) == (1000, 1000)
+    assert rpn.NMS_THRESH == 0.7
+    # Smooth L1 with beta 0 is L1.
+    assert (rpn.BBOX_REG_LOSS_TYPE, rpn.SMOOTH_L1_BETA) == ("smooth_l1", 0.0)
+    box_head = cfg.MODEL.ROI_BOX_HEAD
+    assert (box_head.BBOX_REG_LOSS_TYPE, box_head.SMOOTH_L1_BETA) == ("smooth_l1", 0.0)
+    assert (roi.BATCH_SIZE_PER_IMAGE, roi.POSITIVE_FRACTION) == (512, 0.25)
+    assert roi.IOU_THRESHOLDS == [0.5] and roi.PROPOSAL_APPEND_GT
+    assert (roi.SCORE_THRESH_TEST, roi.NMS_THRESH_TEST) == (0.05, 0.5)
+    assert cfg.TEST.DETECTIONS_PER_IMAGE == 100
+
+
+def test_learning_rate(row):
+    cfg = model_zoo.get_config(row["name"])
+    assert cfg.SOLVER.IMS_PER_BATCH == 16 and cfg.SOLVER.REFERENCE_WORLD_SIZE == 8
+    first, second, last = (epoch * EPOCH for epoch in STEP_EPOCHS[row["schedule"]])
+    assert cfg.SOLVER.MAX_ITER == last
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+
+    def learning_rate(iteration):
+        scheduler.last_epoch = iteration - 1
+        scheduler.step()
+        return optimizer.param_groups[0]["lr"]
+
+    expected = {
+        0: 0.02 * 0.001,
+        250: 0.02 * (0.001 + 0.999 * 250 / 500),
+        500: 0.02,
+        first - 1: 0.02,
+        first: 0.002,
+        first + 1: 0.002,
+        second - 1: 0.002,
+        second: 0.0002,
+        second + 1: 0.0002,
+        last - 1: 0.0002,
+    }
+    assert {i: learning_rate(i) for i in expected} == pytest.approx(expected, rel=1e-9)
+
+
+def test_optimizer_decays_every_trained_parameter(row):
+    cfg = model_zoo.get_config(row["name"])
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    assert isinstance(optimizer, torch.optim.SGD)
+    for group in optimizer.param_groups:
+        assert (group["weight_decay"], group["momentum"], group["nesterov"]) == (1e-4, 0.9, False)
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert optimized == {id(p) for p in model.parameters() if p.requires_grad}

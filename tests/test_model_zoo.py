@@ -1,0 +1,82 @@
+import filecmp
+import re
+from pathlib import Path
+
+import cv2
+import pytest
+from detectron2.engine import DefaultPredictor
+
+from gnws_d2 import model_zoo
+
+ROOT = Path(__file__).parent.parent
+SCHEDULES = ("1x", "2x", "20_23_24e")
+
+
+def test_names_are_the_twelve_models_in_table_order():
+    expected = [f"faster_rcnn_{backbone}_gnws_1x" for backbone in backbones()]
+    expected += [f"mask_rcnn_{b}_gnws_{s}" for s in ("2x", "20_23_24e") for b in backbones()]
+    assert model_zoo.names() == expected
+
+
+def backbones():
+    return ("R50", "R101", "X50_32x4d", "X101_32x4d")
+
+
+def test_config_files_are_those_of_the_repository():
+    for name in model_zoo.names() + ["quick_start", "Base-RCNN-FPN-GNWS"]:
+        assert filecmp.cmp(model_zoo.get_config_file(name), ROOT / "configs" / f"{name}.yaml")
+    assert len(list((ROOT / "configs").iterdir())) == 14
+
+
+def test_trained_config_names_the_published_checkpoint():
+    cfg = model_zoo.get_config("mask_rcnn_R50_gnws_2x", trained=True)
+    row = model_zoo.table()[4]
+    assert cfg.MODEL.WEIGHTS == row["checkpoint_url"]
+    assert cfg.MODEL.WEIGHTS.endswith(f"-{row['sha256_prefix']}.pth")
+    assert model_zoo.get_config("mask_rcnn_R50_gnws_2x").MODEL.WEIGHTS == ""
+
+
+@pytest.mark.parametrize("function", [model_zoo.get_config_file, model_zoo.get_checkpoint_url])
+def test_unknown_name_lists_the_known_ones(function):
+    with pytest.raises(RuntimeError, match=r"mask_rcnn_R52_gnws.*mask_rcnn_R50_gnws_2x"):
+        function("mask_rcnn_R52_gnws")
+
+
+def test_get_builds_the_model_on_the_device():
+    model = model_zoo.get("faster_rcnn_R50_gnws_1x", device="cpu")
+    assert model.training and model.device.type == "cpu"
+    assert not hasattr(model.roi_heads, "mask_head")
+
+
+def test_default_predictor_runs_on_a_photograph(photographs):
+    cfg = model_zoo.get_config("mask_rcnn_R50_gnws_2x")
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    image = cv2.imread(str(photographs.images / "0.jpg"))
+    instances = DefaultPredictor(cfg)(image)["instances"]
+    assert instances.image_size == image.shape[:2]
+    assert len(instances) == 100
+    assert instances.pred_masks.shape == (100, *image.shape[:2])
+
+
+def test_readme_has_the_table():
+    """Every figure in README's table is the one in the data, and every row is there."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if re.match(r"\| \[(faster|mask)_rcnn", line)
+    ]
+    expected = []
+    for row in model_zoo.table():
+        name, seconds = row["name"], row["inference_s_per_im_v100"]
+        expected.append(
+            [
+                f"[{name}](configs/{name}.yaml)",
+                f"{row['box_ap']:.1f}",
+                "" if row["mask_ap"] is None else f"{row['mask_ap']:.1f}",
+                f"{row['train_memory_gb']:.1f}",
+                "" if seconds is None else f"{seconds:.3f}",
+                f"[model]({row['checkpoint_url']})",
+            ]
+        )
+    assert rows == expected
