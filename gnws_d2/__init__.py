@@ -1,0 +1,3 @@
+"""Group Normalization + Weight Standardization (GN+WS) detectors for Detectron2."""
+
+from . import data, modeling  # noqa: F401  (importing them fills Detectron2's registries)

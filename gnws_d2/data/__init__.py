@@ -1,0 +1,7 @@
+from .coco import check_coco_json, register_coco_datasets
+from .dataset_mapper import OpenCVDatasetMapper, read_image
+from .shapes import register_shapes
+
+__all__ = ["OpenCVDatasetMapper", "check_coco_json", "read_image", "register_coco_datasets"]
+
+register_shapes()

@@ -1,0 +1,111 @@
+"""The images of MMDetection's models, decoded and resized with OpenCV, in Detectron2's mapper."""
+
+import copy
+import io
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import DatasetMapper
+from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+from ..utils.errors import UserError
+from .transforms import OpenCVResizeShortestEdge
+
+# How a whole JPEG and a whole PNG file end.
+_IMAGE_ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82")
+
+
+def read_image(file_name: str, format: str) -> np.ndarray:
+    """
+    Decode an image file as `cv2.imread` does, EXIF orientation included.
+
+    Args:
+        file_name: path of the image.
+        format: "BGR" or "RGB".
+
+    Returns:
+        (H, W, 3), uint8.
+
+    Raises:
+        UserError: if the file is missing, empty, truncated or no image.
+    """
+    try:
+        with PathManager.open(file_name, "rb") as f:
+            data = f.read()
+    except OSError as e:
+        raise UserError(f"Cannot read the image {file_name}: {e.strerror or e}.") from e
+    if not data:
+        raise UserError(f"The image {file_name} is empty.")
+    if not data.endswith(_IMAGE_ENDS):
+        # OpenCV silently fills what is missing of a truncated file with grey; Pillow refuses it.
+        try:
+            Image.open(io.BytesIO(data)).load()
+        except (OSError, SyntaxError, ValueError) as e:
+            raise UserError(f"The image {file_name} is truncated or no image: {e}.") from e
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    if image is None:
+        raise UserError(f"OpenCV cannot decode the image {file_name}.")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if format == "RGB" else image
+
+
+class OpenCVDatasetMapper(DatasetMapper):
+    """
+    :class:`DatasetMapper` for boxes, masks and keypoints that decodes and resizes images with
+    OpenCV, as the published models were trained and tested. On the same weights Detectron2's
+    own, which resizes with Pillow's antialiasing, gives visibly different outputs.
+    """
+
+    @configurable
+    def __init__(self, is_train: bool, **kwargs):
+        """
+        Args:
+            is_train, kwargs: see :class:`DatasetMapper`. ``image_format`` is "BGR" or "RGB".
+        """
+        super().__init__(is_train, **kwargs)
+        assert self.image_format in ("BGR", "RGB"), self.image_format
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        ret = super().from_config(cfg, is_train)
+        ret["augmentations"] = [
+            OpenCVResizeShortestEdge(aug.short_edge_length, aug.max_size, aug.sample_style)
+            if type(aug) is T.ResizeShortestEdge
+            else aug
+            for aug in ret["augmentations"]
+        ]
+        return ret
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """
+        Args:
+            dataset_dict: one image in Detectron2's dataset format.
+
+        Returns:
+            The input with ``image``, a (3, H, W) uint8 tensor, and in training ``instances``.
+
+        Raises:
+            UserError: see :func:`read_image`; or if the size is not the one in the dataset.
+        """
+        dataset_dict = copy.deepcopy(dataset_dict)  # it will be modified by code below
+        image = read_image(dataset_dict["file_name"], self.image_format)
+        try:
+            utils.check_image_size(dataset_dict, image)
+        except utils.SizeMismatchError as e:
+            raise UserError(str(e)) from e
+
+        aug_input = T.AugInput(image)
+        transforms = self.augmentations(aug_input)
+        image = aug_input.image
+        dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+        if not self.is_train:
+            dataset_dict.pop("annotations", None)
+        elif "annotations" in dataset_dict:
+            self._transform_annotations(dataset_dict, transforms, image.shape[:2])
+        return dataset_dict

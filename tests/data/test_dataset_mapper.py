@@ -1,0 +1,119 @@
+import cv2
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+import torch
+from detectron2.data.datasets import load_coco_json
+from detectron2.structures import polygons_to_bitmask
+
+from gnws_d2 import model_zoo
+from gnws_d2.data import OpenCVDatasetMapper, read_image
+from gnws_d2.utils.errors import UserError
+
+
+def get_config(min_size=400, flip="none"):
+    cfg = model_zoo.get_config("mask_rcnn_R50_gnws_2x")
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (min_size,), min_size
+    cfg.INPUT.RANDOM_FLIP = flip
+    return cfg
+
+
+@pytest.fixture
+def records(photographs):
+    return load_coco_json(str(photographs.json_file), str(photographs.images), "fruits_mapper")
+
+
+@pytest.mark.parametrize("image_format", ["RGB", "BGR"])
+@pytest.mark.parametrize("size, shape", [(800, (800, 1067)), (333, (333, 444)), (600, (600, 800))])
+def test_test_image_is_opencvs_bit_for_bit(records, image_format, size, shape):
+    cfg = get_config(size)
+    cfg.INPUT.FORMAT = image_format
+    for record in records[:3]:
+        image = OpenCVDatasetMapper(cfg, False)(record)["image"]
+        expected = cv2.imread(record["file_name"])
+        expected = cv2.resize(expected, shape[::-1], interpolation=cv2.INTER_LINEAR)
+        if image_format == "RGB":
+            expected = expected[:, :, ::-1]
+        assert image.dtype == torch.uint8
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
+
+
+def test_longer_side_is_limited(records):
+    image = OpenCVDatasetMapper(get_config(2000), False)(records[0])["image"]
+    assert image.shape == (3, 1000, 1333)
+
+
+def test_exif_orientation_is_applied_as_opencv_does(records, tmp_path):
+    from PIL import Image
+
+    path = tmp_path / "rotated.jpg"
+    exif = Image.Exif()
+    exif[274] = 6  # rotate by 90 degrees
+    Image.open(records[0]["file_name"]).save(path, exif=exif)
+    image = read_image(str(path), "BGR")
+    assert image.shape == (800, 600, 3)
+    assert np.array_equal(image, cv2.imread(str(path)))
+
+
+@pytest.mark.parametrize("flip", ["none", "horizontal"])
+@pytest.mark.parametrize("rle", [False, True], ids=["polygons", "rle"])
+def test_boxes_and_masks_line_up_with_the_image(records, tmp_path, flip, rle):
+    """An image that shows nothing but its objects must show the mapped masks."""
+    record = dict(records[0])
+    h, w = record["height"], record["width"]
+    masks = [polygons_to_bitmask(a["segmentation"], h, w) for a in record["annotations"]]
+    drawn = np.any(masks, axis=0).astype(np.uint8) * 255
+    path = tmp_path / "objects.png"
+    cv2.imwrite(str(path), cv2.merge([drawn] * 3))
+    record["file_name"] = str(path)
+    if rle:
+        for annotation, mask in zip(record["annotations"], masks):
+            annotation["segmentation"] = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
+
+    mapper = OpenCVDatasetMapper(get_config(450, flip), True)
+    flipped = set()
+    for seed in range(4):
+        np.random.seed(seed)
+        out = mapper(record)
+        instances, shown = out["instances"], out["image"][0].numpy() > 127
+        assert out["image"].shape == (3, 450, 600)
+        mapped = instances.gt_masks.tensor.numpy()
+        assert len(instances) == len(masks)
+        union = mapped.any(axis=0)
+        iou = (union & shown).sum() / (union | shown).sum()
+        assert iou > 0.98
+        np.testing.assert_allclose(
+            instances.gt_boxes.tensor, instances.gt_masks.get_bounding_boxes().tensor, atol=2.5
+        )
+        plain = cv2.resize(drawn, (600, 450)) > 127
+        flipped.add(bool((shown != plain).mean() > 0.01))
+    assert flipped == ({False} if flip == "none" else {True, False})
+
+
+@pytest.mark.parametrize("fault", ["missing", "empty", "truncated", "no image", "another size"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_faulty_image_is_an_error_that_names_it(records, tmp_path, fault, suffix):
+    record = dict(records[0], file_name=str(tmp_path / f"photo{suffix}"))
+    image = cv2.imread(records[0]["file_name"])
+    data = cv2.imencode(suffix, image)[1].tobytes()
+    if fault == "empty":
+        data = b""
+    elif fault == "truncated":
+        data = data[: len(data) // 2]
+    elif fault == "no image":
+        data = b"<html>not found</html>"
+    elif fault == "another size":
+        record["width"] += 1
+    if fault != "missing":
+        (tmp_path / f"photo{suffix}").write_bytes(data)
+    with pytest.raises(UserError) as e:
+        OpenCVDatasetMapper(get_config(), True)(record)
+    assert record["file_name"] in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_whole_image_with_trailing_bytes_is_read(records, tmp_path):
+    path = tmp_path / "trailing.jpg"
+    with open(records[0]["file_name"], "rb") as f:
+        path.write_bytes(f.read() + b"trailer")
+    assert np.array_equal(read_image(str(path), "BGR"), cv2.imread(records[0]["file_name"]))
