@@ -1,0 +1,124 @@
+"""What can be known to be wrong with a job before any work is done."""
+
+import argparse
+import os
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultTrainer
+from detectron2.utils.file_io import PathManager
+
+from ..data import check_coco_json
+from ..utils.errors import UserError
+
+
+def check_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """
+    Check the devices, the weights, the datasets and the batch size of a job, before it is launched.
+
+    Args:
+        cfg: of :func:`get_config`.
+        args: of :func:`argument_parser`.
+
+    Raises:
+        UserError: for the first thing that is wrong.
+    """
+    _check_devices(cfg, args)
+    _check_weights(cfg, args)
+    _check_classes(cfg, args)
+    if not args.eval_only:
+        _check_batch_size(cfg, args.num_gpus * args.num_machines)
+
+
+def _check_devices(cfg: CfgNode, args: argparse.Namespace) -> None:
+    if args.num_gpus < 1:
+        raise UserError(f"--num-gpus {args.num_gpus}: at least one process is needed.")
+    if cfg.MODEL.DEVICE == "cpu":
+        if cfg.SOLVER.AMP.ENABLED and not args.eval_only:
+            raise UserError("SOLVER.AMP.ENABLED True needs a GPU: set it to False on the CPU.")
+        return
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but PyTorch finds no GPU on this machine: add "
+            "MODEL.DEVICE cpu to the command to run on the CPU."
+        )
+    if args.num_gpus > torch.cuda.device_count():
+        raise UserError(
+            f"--num-gpus {args.num_gpus}, but PyTorch finds {torch.cuda.device_count()} GPUs."
+        )
+
+
+def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
+    weights = cfg.MODEL.WEIGHTS
+    if args.resume and PathManager.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+        return
+    if weights and "://" not in weights and not PathManager.isfile(weights):
+        raise UserError(f"MODEL.WEIGHTS {weights} does not exist.")
+    if not weights and args.eval_only:
+        raise UserError("MODEL.WEIGHTS is empty: --eval-only needs the checkpoint to evaluate.")
+
+
+def _check_classes(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Every dataset must be there, and have the classes that the model predicts."""
+    classes = {}
+    for key in ("TEST",) if args.eval_only else ("TRAIN", "TEST"):
+        if not cfg.DATASETS[key] and key == "TRAIN":
+            raise UserError("DATASETS.TRAIN is empty: name a dataset to train on.")
+        for name in cfg.DATASETS[key]:
+            if name not in classes:
+                classes[name] = _dataset_classes(key, name)
+    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    first = next(iter(classes), None)
+    for name, names in classes.items():
+        if names != classes[first]:
+            raise UserError(
+                f"The classes of the datasets {first} ({_join(classes[first])}) and {name} "
+                f"({_join(names)}) differ: a model is trained and tested on the same classes."
+            )
+        if len(names) != num_classes:
+            raise UserError(
+                f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}, but the dataset {name} has "
+                f"{len(names)} classes ({_join(names)}): set MODEL.ROI_HEADS.NUM_CLASSES "
+                f"{len(names)}."
+            )
+
+
+def _dataset_classes(key: str, name: str) -> list[str]:
+    if name not in DatasetCatalog:
+        raise UserError(
+            f"DATASETS.{key} names {name}, which is not registered: add "
+            f"--dataset {name} ANNOTATIONS.json IMAGE_ROOT."
+        )
+    metadata = MetadataCatalog.get(name)
+    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+    for what, path in (("annotation file", json_file), ("image directory", image_root)):
+        if path is not None and not PathManager.exists(path):
+            raise UserError(
+                f"The {what} of the dataset {name} does not exist: {path}. (Datasets that come "
+                "with Detectron2 are looked for in $DETECTRON2_DATASETS.)"
+            )
+    classes = metadata.get("thing_classes")
+    # Classes that are known before the file is read are those of a dataset that comes with
+    # Detectron2, or with us, and needs no check.
+    return classes if classes is not None else check_coco_json(json_file, image_root)
+
+
+def _check_batch_size(cfg: CfgNode, num_workers: int) -> None:
+    reference, batch_size = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH
+    if reference and batch_size % reference:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH {batch_size} does not divide by SOLVER.REFERENCE_WORLD_SIZE "
+            f"{reference}, the number of workers it is meant for: set SOLVER.REFERENCE_WORLD_SIZE "
+            "0 to use SOLVER.IMS_PER_BATCH as it is."
+        )
+    batch_size = DefaultTrainer.auto_scale_workers(cfg, num_workers).SOLVER.IMS_PER_BATCH
+    if batch_size < 1 or batch_size % num_workers:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH {batch_size} does not divide by the {num_workers} workers "
+            "(--num-gpus times --num-machines)."
+        )
+
+
+def _join(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

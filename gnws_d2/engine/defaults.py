@@ -1,0 +1,134 @@
+"""Detectron2's default trainer and command line, with what GN+WS models need of them."""
+
+import argparse
+import os
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
+    default_argument_parser,
+)
+from detectron2.utils import comm
+
+from ..data import OpenCVDatasetMapper, register_coco_datasets
+from ..evaluation import COCOEvaluator
+from ..utils.errors import UserError
+
+# What Detectron2 and yacs raise for a config that they do not take.
+_CONFIG_ERRORS = (
+    AssertionError,
+    AttributeError,
+    KeyError,
+    OSError,
+    TypeError,
+    ValueError,
+    yaml.YAMLError,
+)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Detectron2's :func:`default_argument_parser` with ``--dataset``."""
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--dataset",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "ANNOTATIONS.json", "IMAGE_ROOT"),
+        help="register a dataset in COCO format, for use as NAME in DATASETS.TRAIN and "
+        "DATASETS.TEST (repeatable)",
+    )
+    return parser
+
+
+def get_config(args: argparse.Namespace) -> CfgNode:
+    """
+    Register the datasets and read the config that the command line names.
+
+    Args:
+        args: of :func:`argument_parser`.
+
+    Returns:
+        A frozen config.
+
+    Raises:
+        UserError: for a config file, key or value that Detectron2 does not take.
+    """
+    if not args.config_file:
+        raise UserError("No config file: give one with --config-file, as configs/quick_start.yaml.")
+    register_coco_datasets(args.dataset)
+    cfg = get_cfg()
+    try:
+        cfg.merge_from_file(args.config_file, allow_unsafe=False)
+    except _CONFIG_ERRORS as e:
+        raise UserError(f"--config-file {args.config_file}: {_one_line(e)}") from e
+    try:
+        cfg.merge_from_list(args.opts)
+    except _CONFIG_ERRORS as e:
+        raise UserError(
+            f"Command line: {_one_line(e)} Options like --resume go before KEY VALUE pairs."
+        ) from e
+    cfg.freeze()
+    return cfg
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error.args[0] if error.args else error).split())
+
+
+class Trainer(DefaultTrainer):
+    """
+    :class:`DefaultTrainer` with OpenCV's images and COCO's evaluation, that also trains with
+    several processes on CPUs.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        # The same objects in the same order as in DefaultTrainer, which always wraps the model for
+        # a GPU when there are several processes.
+        TrainerBase.__init__(self)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        ddp_args: dict[str, Any] = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
+        model = create_ddp_model(model, broadcast_buffers=False, **ddp_args)
+        self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(
+            model, data_loader, optimizer
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = DetectionCheckpointer(
+            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable:
+        return build_detection_train_loader(cfg, mapper=OpenCVDatasetMapper(cfg, True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable:
+        return build_detection_test_loader(
+            cfg, dataset_name, mapper=OpenCVDatasetMapper(cfg, False)
+        )
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
+        if len(cfg.DATASETS.TEST) > 1:  # Detectron2 would overwrite one's results by the next's
+            output_dir = os.path.join(output_dir, dataset_name)
+        return COCOEvaluator(
+            dataset_name, ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",), output_dir
+        )

@@ -1,0 +1,132 @@
+"""Bad input ends with one sentence and exit status 2, before any work, without a traceback."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_net
+
+ROOT = Path(__file__).parent.parent.parent
+QUICK_START = str(ROOT / "configs" / "quick_start.yaml")
+COCO_CONFIG = str(ROOT / "configs" / "mask_rcnn_R50_gnws_2x.yaml")
+
+
+@pytest.fixture
+def fruits(photographs):
+    return ["--dataset", "fruits_checked", str(photographs.json_file), str(photographs.images)]
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys, tmp_path):
+    """Run train_net.py's command line in this process, and return its error."""
+
+    def fails(*args):
+        monkeypatch.setattr(sys, "argv", ["train_net.py", *args])
+        monkeypatch.setattr(train_net, "launch", None)
+        with pytest.raises(SystemExit) as e:
+            train_net.invoke_main()
+        assert e.value.code == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("train_net.py: error: ") and err.count("\n") == 1
+        return err
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    return fails
+
+
+def test_good_command_is_launched(monkeypatch, tmp_path):
+    launched = []
+    monkeypatch.setattr(train_net, "launch", lambda *args, **kwargs: launched.append(args[1]))
+    monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", QUICK_START])
+    train_net.invoke_main()
+    assert launched == [1]
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ([], "--config-file"),
+        (["--config-file", "gone.yaml"], "gone.yaml"),
+        (["--config-file", QUICK_START, "SOLVER.MAXITER", "3"], "SOLVER.MAXITER"),
+        (["--config-file", QUICK_START, "SOLVER.MAX_ITER", "many"], "SOLVER.MAX_ITER"),
+        (["--config-file", QUICK_START, "SOLVER.MAX_ITER"], "SOLVER.MAX_ITER"),
+        (["--config-file", QUICK_START, "SEED", "1", "--resume"], "--resume"),
+        (["--config-file", QUICK_START, "MODEL.WEIGHTS", "gone.pth"], "MODEL.WEIGHTS gone.pth"),
+        (["--config-file", QUICK_START, "--eval-only"], "MODEL.WEIGHTS is empty"),
+        (["--config-file", QUICK_START, "--num-gpus", "3"], "IMS_PER_BATCH .* 3 workers"),
+        (["--config-file", QUICK_START, "--num-gpus", "0"], "--num-gpus 0"),
+        (
+            ["--config-file", QUICK_START, "SOLVER.REFERENCE_WORLD_SIZE", "3"],
+            "SOLVER.IMS_PER_BATCH 8 .* SOLVER.REFERENCE_WORLD_SIZE 3",
+        ),
+        (["--config-file", QUICK_START, "SOLVER.AMP.ENABLED", "True"], "SOLVER.AMP.ENABLED"),
+        (["--config-file", QUICK_START, "DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
+        (
+            ["--config-file", QUICK_START, "DATASETS.TRAIN", "('mine',)"],
+            "DATASETS.TRAIN names mine, .*--dataset mine ANNOTATIONS.json IMAGE_ROOT",
+        ),
+        (
+            ["--config-file", QUICK_START, "MODEL.ROI_HEADS.NUM_CLASSES", "80"],
+            "NUM_CLASSES is 80, .* 3 classes .circle, square, triangle.",
+        ),
+        (
+            ["--config-file", COCO_CONFIG, "MODEL.DEVICE", "cpu"],
+            "coco_2017_train does not exist: .*instances_train2017.json",
+        ),
+    ],
+)
+def test_mistake_is_named(fails, args, message):
+    error = fails(*args)
+    assert re.search(message, error), error
+
+
+def test_faulty_yaml_is_named(fails, tmp_path):
+    for i, text in enumerate(("MODEL: [", "!!python/object/apply:os.abort []", "- 1", "A: 1")):
+        path = tmp_path / f"{i}.yaml"
+        path.write_text(text)
+        assert str(path) in fails("--config-file", str(path))
+
+
+def test_missing_gpu_is_named(fails, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "MODEL.DEVICE cpu" in fails("--config-file", QUICK_START, "MODEL.DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    error = fails("--config-file", QUICK_START, "--num-gpus", "4", "MODEL.DEVICE", "cuda")
+    assert "--num-gpus 4" in error and "2 GPUs" in error
+
+
+def test_datasets_of_different_classes_are_named(fails, fruits):
+    error = fails(*fruits, "--config-file", QUICK_START, "DATASETS.TEST", "('fruits_checked',)")
+    assert "shapes_train (circle, square, triangle)" in error
+    assert "fruits_checked (date, fig, hazelnut)" in error
+
+
+def test_missing_files_of_a_dataset_are_named(fails, photographs, tmp_path):
+    for json_file, image_root, missing in (
+        (tmp_path / "a.json", photographs.images, tmp_path / "a.json"),
+        (photographs.json_file, tmp_path / "images", tmp_path / "images"),
+    ):
+        name = f"missing_{missing.name.replace('.', '_')}"
+        error = fails(
+            "--dataset", name, str(json_file), str(image_root),
+            "--config-file", QUICK_START, "DATASETS.TRAIN", f"('{name}',)",
+        )  # fmt: skip
+        assert f"{name} does not exist: {missing}" in error
+
+
+def test_faulty_annotation_is_named(fails, photographs, tmp_path):
+    coco = photographs.coco()
+    coco["annotations"][5].update(id=1234, category_id=9)
+    path = tmp_path / "faulty.json"
+    path.write_text(json.dumps(coco))
+    error = fails(
+        "--dataset", "faulty", str(path), str(photographs.images),
+        "--config-file", QUICK_START, "DATASETS.TRAIN", "('faulty',)",
+    )  # fmt: skip
+    assert f"{path}: annotation id 1234 has category id 9" in error

@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""
+Train and evaluate GN+WS detectors. This is Detectron2's training script, with `--dataset` for data
+of one's own and checks before work.
+"""
+
+import argparse
+import os
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import default_setup, launch
+
+import gnws_d2  # noqa: F401  (registers the models and the built-in data)
+from gnws_d2.engine import Trainer, argument_parser, check_setup, get_config
+from gnws_d2.utils.errors import exit_on_user_error
+
+
+@exit_on_user_error
+def main(args: argparse.Namespace) -> dict | None:
+    cfg = get_config(args)
+    default_setup(cfg, args)
+
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+            cfg.MODEL.WEIGHTS, resume=args.resume
+        )
+        return Trainer.test(cfg, model)
+
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+@exit_on_user_error
+def invoke_main() -> None:
+    args = argument_parser().parse_args()
+    cfg = get_config(args)
+    check_setup(cfg, args)
+    if cfg.MODEL.DEVICE == "cpu":
+        # Without a GPU in sight Detectron2's launcher takes Gloo.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.num_gpus)))
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+
+
+if __name__ == "__main__":
+    invoke_main()
