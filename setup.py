@@ -1,0 +1,26 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="gnws_d2",
+    version="0.1.0",
+    description="Group Normalization + Weight Standardization detectors for Detectron2",
+    license="Apache-2.0",
+    packages=find_packages(include=["gnws_d2", "gnws_d2.*"]),
+    package_data={"gnws_d2.model_zoo": ["table.json", "configs/*.yaml"]},
+    python_requires=">=3.10",
+    # By name: requirements.txt holds the versions that are known to work together.
+    install_requires=[
+        "detectron2",
+        "fvcore",
+        "iopath",
+        "matplotlib",
+        "numpy",
+        "opencv-python",
+        "Pillow",
+        "pycocotools",
+        "PyYAML",
+        "torch",
+        "torchvision",
+    ],
+    extras_require={"dev": ["mypy", "pytest", "ruff", "types-PyYAML"]},
+)
