@@ -3,8 +3,8 @@
 # the Python in use already has Detectron2, that Python as it is, with only what is missing.
 #
 #   PYTHON=python3.11   the Python to start from (default: python3)
-#   DETECTRON2=SOURCE   where to get Detectron2 instead of GitHub: anything pip installs, such as a
-#                       local checkout, a wheel or git+https://MIRROR/detectron2.git
+#   DETECTRON2=SOURCE   where to get Detectron2 instead of GitHub: a local checkout, a wheel or
+#                       git+https://MIRROR/detectron2.git
 set -euo pipefail
 cd "$(dirname "$0")/.."
 exec 3>&1 1>&2 # stdout is for the one line at the end
@@ -30,22 +30,27 @@ fi
 install() { "$python" -m pip install --disable-pip-version-check -c "$versions" "$@"; }
 
 if ! has_detectron2 "$python"; then
-    install -q setuptools wheel ninja torch torchvision ||
-        fail "PyTorch could not be installed; pip says why above."
     source=${DETECTRON2:-$(grep '^detectron2' requirements.txt)}
-    command -v "${CXX:-c++}" >/dev/null || fail "Detectron2 compiles C++ code, and there is no C++" \
-        "compiler: install one (Debian, Ubuntu: apt-get install g++)."
     case $source in
     *git+*)
         url=${source#*git+}
-        url=${url%@*}
+        [[ $url =~ ^(.*)@[0-9a-f]+$ ]] && url=${BASH_REMATCH[1]}
         GIT_TERMINAL_PROMPT=0 git ls-remote "$url" HEAD >/dev/null ||
             fail "Detectron2 cannot be fetched from $url: set DETECTRON2 to another source (a local" \
                 "checkout, a wheel, git+https://MIRROR/detectron2.git) and run this again."
         ;;
+    *)
+        [ -e "$source" ] || fail "DETECTRON2=$source does not exist."
+        ;;
     esac
+    [[ $source == *.whl ]] || command -v "${CXX:-c++}" >/dev/null ||
+        fail "Detectron2 compiles C++ code, and there is no C++ compiler: install one (on Debian and" \
+            "Ubuntu, apt-get install g++) and run this again."
+    install -q setuptools wheel ninja torch torchvision ||
+        fail "PyTorch could not be installed; pip says why above."
     install -q --no-build-isolation "$source" ||
         fail "Detectron2 could not be built from $source; pip says why above."
 fi
-install -q --no-build-isolation -e '.[dev]' || fail "gnws_d2 could not be installed; pip says why above."
+install -q --no-build-isolation -e '.[dev]' ||
+    fail "gnws_d2 could not be installed; pip says why above."
 echo "$python" >&3

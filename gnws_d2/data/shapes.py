@@ -21,7 +21,7 @@ _CORNERS = {"circle": 32, "square": 4, "triangle": 3}
 
 def generate_shapes(output_dir: str, num_images: int, seed: int) -> None:
     """
-    Write images of one to four shapes that do not touch each other, on a background with a colour
+    Write images of a few shapes that do not touch each other, on a background with a colour
     gradient, and their polygons: ``annotations.json`` and ``images/*.png`` in `output_dir`, which
     must not exist. The same arguments always give the same files.
     """
@@ -35,8 +35,8 @@ def generate_shapes(output_dir: str, num_images: int, seed: int) -> None:
         image = np.repeat((1 - t) * left + t * right, IMAGE_SIZE, axis=0).astype(np.uint8)
         background = (left + right) / 2
         occupied = np.zeros((0, 3))  # x, y, radius of the shapes so far
-        for _ in range(rng.randint(1, 5)):
-            radius = rng.uniform(14, 32)
+        for _ in range(rng.randint(1, 9)):
+            radius = rng.uniform(18, 34)
             center = rng.uniform(radius, IMAGE_SIZE - radius, 2)
             distance = np.linalg.norm(occupied[:, :2] - center, axis=1)
             if (distance < occupied[:, 2] + radius + 2).any():

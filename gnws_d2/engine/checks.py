@@ -1,6 +1,7 @@
 """What can be known to be wrong with a job before any work is done."""
 
 import argparse
+import logging
 import os
 
 import torch
@@ -57,6 +58,12 @@ def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise UserError(f"MODEL.WEIGHTS {weights} does not exist.")
     if not weights and args.eval_only:
         raise UserError("MODEL.WEIGHTS is empty: --eval-only needs the checkpoint to evaluate.")
+    if not weights and cfg.MODEL.BACKBONE.FREEZE_AT > 0:
+        logging.getLogger(__name__).warning(
+            "MODEL.WEIGHTS is empty, so the layers that MODEL.BACKBONE.FREEZE_AT "
+            f"{cfg.MODEL.BACKBONE.FREEZE_AT} freezes keep their random values: set it to 0 to "
+            "train from scratch."
+        )
 
 
 def _check_classes(cfg: CfgNode, args: argparse.Namespace) -> None:

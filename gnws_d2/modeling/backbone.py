@@ -23,7 +23,7 @@ def build_resnet_gnws_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
         ``MODEL.RESNETS.OUT_FEATURES``.
 
     Raises:
-        ValueError: if ``MODEL.RESNETS.NORM`` is not "GN".
+        UserError: if ``MODEL.RESNETS.NORM`` is not "GN".
     """
     check_group_norm("MODEL.RESNETS.NORM", cfg.MODEL.RESNETS.NORM)
     return convert_ws_conv(build_resnet_backbone(cfg, input_shape))
@@ -43,7 +43,7 @@ def build_resnet_gnws_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         A backbone from (N, C, H, W) images to ``{"p2": ..., "p6": ...}``.
 
     Raises:
-        ValueError: if ``MODEL.RESNETS.NORM`` or ``MODEL.FPN.NORM`` is not "GN".
+        UserError: if ``MODEL.RESNETS.NORM`` or ``MODEL.FPN.NORM`` is not "GN".
     """
     check_group_norm("MODEL.RESNETS.NORM", cfg.MODEL.RESNETS.NORM)
     check_group_norm("MODEL.FPN.NORM", cfg.MODEL.FPN.NORM)

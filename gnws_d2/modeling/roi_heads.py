@@ -15,7 +15,7 @@ from .norm import check_group_norm
 class FastRCNNConvFCGNWSHead(FastRCNNConvFCHead):
     """
     :class:`FastRCNNConvFCHead` with its convolutions weight-standardized. Same arguments, and
-    ``MODEL.ROI_BOX_HEAD.*`` keys; ValueError if ``MODEL.ROI_BOX_HEAD.NORM`` is not "GN".
+    ``MODEL.ROI_BOX_HEAD.*`` keys; UserError if ``MODEL.ROI_BOX_HEAD.NORM`` is not "GN".
     """
 
     def __init__(self, *args, **kwargs):
@@ -32,7 +32,7 @@ class FastRCNNConvFCGNWSHead(FastRCNNConvFCHead):
 class MaskRCNNConvUpsampleGNWSHead(MaskRCNNConvUpsampleHead):
     """
     :class:`MaskRCNNConvUpsampleHead` with its convolutions, but not its deconvolution and
-    predictor, weight-standardized. Same arguments, and ``MODEL.ROI_MASK_HEAD.*`` keys; ValueError
+    predictor, weight-standardized. Same arguments, and ``MODEL.ROI_MASK_HEAD.*`` keys; UserError
     if ``MODEL.ROI_MASK_HEAD.NORM`` is not "GN".
     """
 

@@ -10,6 +10,7 @@ from detectron2.utils.events import EventStorage
 
 from gnws_d2 import model_zoo
 from gnws_d2.layers import WSConv2d, convert_ws_conv, standardize_weight
+from gnws_d2.utils.errors import UserError
 
 
 def get_config(name="mask_rcnn_R50_gnws_2x"):
@@ -98,7 +99,7 @@ def test_backbone_without_fpn_has_detectron2s_features():
 def test_another_norm_is_refused(section):
     cfg = get_config()
     cfg.MODEL[section].NORM = "BN"
-    with pytest.raises(ValueError, match=rf'MODEL.{section}.NORM is "BN".*MODEL.{section}.NORM GN'):
+    with pytest.raises(UserError, match=rf'MODEL.{section}.NORM is "BN".*MODEL.{section}.NORM GN'):
         build_model(cfg)
 
 

@@ -1,0 +1,81 @@
+"""Every command and every piece of Python in the README runs, on small images and for one step."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+# Run by .ci/run, and each set up the environment that this test runs in.
+SETUP_COMMANDS = ["bash tools/quick_start.sh", "bash tools/run_tests.sh"]
+ON_CPUS = {"--num-gpus 8": "--num-gpus 2 --dist-url auto"}
+SMALL = [
+    "MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16",
+    "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64",
+    "SOLVER.MAX_ITER", "1", "SOLVER.STEPS", "()", "DATALOADER.NUM_WORKERS", "0",
+]  # fmt: skip
+
+
+def code_blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """The repository, with the photographs in place of COCO."""
+    checkout = tmp_path_factory.mktemp("checkout")
+    for name in ("configs", "tests", "tools", "train_net.py"):
+        (checkout / name).symlink_to(ROOT / name)
+    assets = ROOT / "tests" / "assets" / "fruits_nuts"
+    coco = json.loads((assets / "trainval.json").read_text())
+    coco["categories"] = [
+        {"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES if c["isthing"]
+    ]
+    coco["images"] = coco["images"][:4]
+    ids = {image["id"] for image in coco["images"]}
+    coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] in ids]
+    datasets = checkout / "datasets" / "coco"
+    (datasets / "annotations").mkdir(parents=True)
+    for split in ("train2017", "val2017"):
+        (datasets / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco))
+        shutil.copytree(assets / "images", datasets / split)
+    return checkout
+
+
+def run(command, checkout):
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environ.pop("DETECTRON2_DATASETS", None)
+    done = subprocess.run(command, cwd=checkout, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+def test_commands_and_python_run_in_order(checkout):
+    commands = [line for block in code_blocks("bash") for line in block.splitlines()]
+    assert [command for command in commands if not command.startswith("python ")] == SETUP_COMMANDS
+    commands = [command for command in commands if command.startswith("python ")]
+    assert len(commands) >= 6
+    for command in commands:
+        for on_gpus, on_cpus in ON_CPUS.items():
+            command = command.replace(on_gpus, on_cpus)
+        words = [sys.executable, *shlex.split(command)[1:]]
+        run(words + SMALL if "train_net.py" in words else words, checkout)
+    for code in code_blocks("python"):
+        run([sys.executable, "-c", code], checkout)
+
+
+def test_ci_runs_the_set_up_commands():
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert all(command in ci for command in SETUP_COMMANDS)
+
+
+def test_links_to_files_exist():
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links and all((ROOT / link).exists() for link in links)
