@@ -6,7 +6,7 @@ setup(
     description="Group Normalization + Weight Standardization detectors for Detectron2",
     license="Apache-2.0",
     packages=find_packages(include=["gnws_d2", "gnws_d2.*"]),
-    package_data={"gnws_d2.model_zoo": ["table.json", "configs/*.yaml"]},
+    package_data={"gnws_d2.model_zoo": ["*.json", "configs/*.yaml"]},
     python_requires=">=3.10",
     # By name: requirements.txt holds the versions that are known to work together.
     install_requires=[
@@ -19,8 +19,10 @@ setup(
         "Pillow",
         "pycocotools",
         "PyYAML",
+        "tabulate",
         "torch",
         "torchvision",
+        "tqdm",
     ],
     extras_require={"dev": ["mypy", "pytest", "ruff", "types-PyYAML"]},
 )

@@ -7,10 +7,10 @@ of one's own and checks before work.
 import argparse
 import os
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import default_setup, launch
 
 import gnws_d2  # noqa: F401  (registers the models and the built-in data)
+from gnws_d2.checkpoint import GNWSCheckpointer
 from gnws_d2.engine import Trainer, argument_parser, check_setup, get_config
 from gnws_d2.utils.errors import exit_on_user_error
 
@@ -22,7 +22,7 @@ def main(args: argparse.Namespace) -> dict | None:
 
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+        GNWSCheckpointer(model, cfg.OUTPUT_DIR, strict=True).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
         return Trainer.test(cfg, model)

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -21,3 +22,35 @@ class Photographs:
 @pytest.fixture
 def photographs():
     return Photographs()
+
+
+def mmdet_network(name):
+    """The name of the file of parameter names and shapes of a model of the zoo."""
+    detector, _, backbone = name.split("_gnws")[0].split("_", 2)
+    return f"{detector}_{backbone.removesuffix('_32x4d')}"
+
+
+def mmdet_state(name):
+    """
+    MMDetection's state dict of a model of the zoo, with its exact names and shapes and seeded
+    values, that finds objects of some classes with some confidence.
+    """
+    path = ASSETS / "mmdet_keys" / f"{mmdet_network(name)}.keys.json"
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for key, shape in json.loads(path.read_text()).items():
+        value = torch.randn(shape, generator=generator)
+        if len(shape) > 1:
+            value *= (2 / value[0].numel()) ** 0.5
+        elif key.endswith("weight"):
+            # Small residual branches, as in trained networks: a float32 forward through large
+            # ones is itself not exact to the tolerances of the tests.
+            value = (0.2 if "gn3" in key else 1) * (1 + 0.1 * value)
+        else:
+            value *= 0.1
+        if "rpn_reg" in key or "fc_reg" in key:
+            value *= 0.1
+        elif "fc_cls" in key:
+            value *= 3
+        state[key] = value
+    return state

@@ -1,12 +1,16 @@
 import filecmp
+import hashlib
 import re
 from pathlib import Path
 
 import cv2
 import pytest
+import torch
+from conftest import mmdet_state
 from detectron2.engine import DefaultPredictor
 
 from gnws_d2 import model_zoo
+from gnws_d2.checkpoint import catalog
 
 ROOT = Path(__file__).parent.parent
 SCHEDULES = ("1x", "2x", "20_23_24e")
@@ -28,12 +32,11 @@ def test_config_files_are_those_of_the_repository():
     assert len(list((ROOT / "configs").iterdir())) == 14
 
 
-def test_trained_config_names_the_published_checkpoint():
-    cfg = model_zoo.get_config("mask_rcnn_R50_gnws_2x", trained=True)
-    row = model_zoo.table()[4]
-    assert cfg.MODEL.WEIGHTS == row["checkpoint_url"]
-    assert cfg.MODEL.WEIGHTS.endswith(f"-{row['sha256_prefix']}.pth")
-    assert model_zoo.get_config("mask_rcnn_R50_gnws_2x").MODEL.WEIGHTS == ""
+def test_config_names_the_published_weights():
+    name = "mask_rcnn_X50_32x4d_gnws_2x"
+    backbone = "gnws://ImageNetPretrained/X-50-32x4d-GN-WS"
+    assert model_zoo.get_config(name).MODEL.WEIGHTS == backbone
+    assert model_zoo.get_config(name, trained=True).MODEL.WEIGHTS == f"gnws://{name}"
 
 
 @pytest.mark.parametrize("function", [model_zoo.get_config_file, model_zoo.get_checkpoint_url])
@@ -42,15 +45,24 @@ def test_unknown_name_lists_the_known_ones(function):
         function("mask_rcnn_R52_gnws")
 
 
-def test_get_builds_the_model_on_the_device():
-    model = model_zoo.get("faster_rcnn_R50_gnws_1x", device="cpu")
+def test_get_builds_the_model_with_its_weights(tmp_path, monkeypatch):
+    name, state = "faster_rcnn_R50_gnws_1x", mmdet_state("faster_rcnn_R50_gnws_1x")
+    torch.save({"state_dict": state}, tmp_path / "model.pth")
+    sha = hashlib.sha256((tmp_path / "model.pth").read_bytes()).hexdigest()[:8]
+    (tmp_path / "model.pth").rename(tmp_path / f"model-{sha}.pth")
+    url = f"file://{tmp_path}/model-{sha}.pth"
+    monkeypatch.setattr(catalog, "checkpoint_urls", lambda: {name: url})
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    model = model_zoo.get(name, trained=True, device="cpu")
     assert model.training and model.device.type == "cpu"
     assert not hasattr(model.roi_heads, "mask_head")
+    assert torch.equal(model.backbone.fpn_output3.weight, state["neck.fpn_convs.1.conv.weight"])
 
 
 def test_default_predictor_runs_on_a_photograph(photographs):
     cfg = model_zoo.get_config("mask_rcnn_R50_gnws_2x")
     cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.WEIGHTS = ""
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
     image = cv2.imread(str(photographs.images / "0.jpg"))
     instances = DefaultPredictor(cfg)(image)["instances"]

@@ -27,7 +27,7 @@ def check_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     """
     _check_devices(cfg, args)
     _check_weights(cfg, args)
-    _check_classes(cfg, args)
+    _check_classes(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
     if not args.eval_only:
         _check_batch_size(cfg, args.num_gpus * args.num_machines)
 
@@ -54,7 +54,9 @@ def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
     weights = cfg.MODEL.WEIGHTS
     if args.resume and PathManager.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
         return
-    if weights and "://" not in weights and not PathManager.isfile(weights):
+    if weights.startswith("gnws://"):
+        PathManager.get_local_path(weights)  # so that it is downloaded before anything is launched
+    elif weights and "://" not in weights and not PathManager.isfile(weights):
         raise UserError(f"MODEL.WEIGHTS {weights} does not exist.")
     if not weights and args.eval_only:
         raise UserError("MODEL.WEIGHTS is empty: --eval-only needs the checkpoint to evaluate.")
@@ -66,10 +68,19 @@ def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
         )
 
 
-def _check_classes(cfg: CfgNode, args: argparse.Namespace) -> None:
+def check_test_dataset(cfg: CfgNode) -> None:
+    """
+    Raises:
+        UserError: if a dataset of ``DATASETS.TEST`` is not there, or has other classes than
+            ``MODEL.ROI_HEADS.NUM_CLASSES``.
+    """
+    _check_classes(cfg, ("TEST",))
+
+
+def _check_classes(cfg: CfgNode, keys: tuple[str, ...]) -> None:
     """Every dataset must be there, and have the classes that the model predicts."""
     classes = {}
-    for key in ("TEST",) if args.eval_only else ("TRAIN", "TEST"):
+    for key in keys:
         if not cfg.DATASETS[key] and key == "TRAIN":
             raise UserError("DATASETS.TRAIN is empty: name a dataset to train on.")
         for name in cfg.DATASETS[key]:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import yaml
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import (
@@ -20,6 +19,7 @@ from detectron2.engine import (
 )
 from detectron2.utils import comm
 
+from ..checkpoint import GNWSCheckpointer
 from ..data import OpenCVDatasetMapper, register_coco_datasets
 from ..evaluation import COCOEvaluator
 from ..utils.errors import UserError
@@ -67,13 +67,28 @@ def get_config(args: argparse.Namespace) -> CfgNode:
     if not args.config_file:
         raise UserError("No config file: give one with --config-file, as configs/quick_start.yaml.")
     register_coco_datasets(args.dataset)
+    return load_config(args.config_file, args.opts)
+
+
+def load_config(config_file: str, opts: list[str]) -> CfgNode:
+    """
+    Args:
+        config_file: path of a YAML file.
+        opts: KEY VALUE pairs that override it.
+
+    Returns:
+        A frozen config.
+
+    Raises:
+        UserError: for a config file, key or value that Detectron2 does not take.
+    """
     cfg = get_cfg()
     try:
-        cfg.merge_from_file(args.config_file, allow_unsafe=False)
+        cfg.merge_from_file(config_file, allow_unsafe=False)
     except _CONFIG_ERRORS as e:
-        raise UserError(f"--config-file {args.config_file}: {_one_line(e)}") from e
+        raise UserError(f"--config-file {config_file}: {_one_line(e)}") from e
     try:
-        cfg.merge_from_list(args.opts)
+        cfg.merge_from_list(opts)
     except _CONFIG_ERRORS as e:
         raise UserError(
             f"Command line: {_one_line(e)} Options like --resume go before KEY VALUE pairs."
@@ -106,9 +121,7 @@ class Trainer(DefaultTrainer):
             model, data_loader, optimizer
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(
-            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
+        self.checkpointer = GNWSCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg

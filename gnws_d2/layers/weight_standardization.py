@@ -98,3 +98,20 @@ def convert_ws_conv(module: nn.Module) -> nn.Module:
             'build it with "GN" in the NORM keys of its config.'
         )
     return module
+
+
+@torch.no_grad()
+def fold_ws_conv(module: nn.Module) -> nn.Module:
+    """
+    Turn every :class:`WSConv2d` in `module` into a :class:`Conv2d` with the standardized weights,
+    in place: the same outputs without weight standardization, for deployment. Training it on is
+    training a plain GN model.
+
+    Returns:
+        `module`
+    """
+    for m in module.modules():
+        if isinstance(m, WSConv2d):
+            m.weight.copy_(standardize_weight(m.weight))
+            m.__class__ = Conv2d
+    return module

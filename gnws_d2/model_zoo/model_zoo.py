@@ -25,6 +25,14 @@ def table() -> list[dict[str, Any]]:
     return json.loads((_DIR / "table.json").read_text())
 
 
+def imagenet_backbones() -> list[dict[str, str]]:
+    """
+    Returns:
+        ``name`` and ``url`` of each ImageNet-pretrained GN+WS backbone that the models start from.
+    """
+    return json.loads((_DIR / "imagenet_backbones.json").read_text())
+
+
 def names() -> list[str]:
     """
     Returns:
@@ -39,15 +47,14 @@ def get_checkpoint_url(name: str) -> str:
         name: one of :func:`names`.
 
     Returns:
-        The URL of MMDetection's checkpoint of the model.
+        The path of MMDetection's checkpoint of the model in the catalog, for ``MODEL.WEIGHTS``.
 
     Raises:
         RuntimeError: if there is no such model.
     """
-    for row in table():
-        if row["name"] == name:
-            return row["checkpoint_url"]
-    raise RuntimeError(f"{name} not available in Model Zoo! It has {', '.join(names())}.")
+    if name not in names():
+        raise RuntimeError(f"{name} not available in Model Zoo! It has {', '.join(names())}.")
+    return f"gnws://{name}"
 
 
 def get_config_file(name: str) -> str:

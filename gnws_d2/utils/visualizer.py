@@ -11,11 +11,11 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.figure import Figure
 
-_MIN_WIDTH = 640  # pixels; smaller images are drawn larger, so that labels fit
+_MIN_WIDTH = 320  # pixels; smaller images are drawn larger, so that labels fit
 
 
 def draw_predictions(
-    dataset_name: str, results_json: str, output: str, num_images: int = 6, threshold: float = 0.5
+    dataset_name: str, results_json: str, output: str, num_images: int = 6, threshold: float = 0.6
 ) -> None:
     """
     Draw the ground truth (left) and the predictions (right) of a few images, evenly spread over
@@ -38,7 +38,7 @@ def draw_predictions(
     step = max(1, len(dataset) // num_images)
     records = dataset[::step][:num_images]
 
-    fig = Figure(figsize=(12, 4.6 * len(records)), layout="constrained")
+    fig = Figure(figsize=(9, 4.5 * len(records)), layout="constrained")
     for row, record in zip(fig.subplots(len(records), 2, squeeze=False), records):
         image = utils.read_image(record["file_name"], "RGB")
         scale = max(1.0, _MIN_WIDTH / image.shape[1])

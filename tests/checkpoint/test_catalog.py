@@ -1,0 +1,244 @@
+"""gnws:// over HTTP, from a server of the test's own, with files of the published names."""
+
+import hashlib
+import http.server
+import io
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.utils.file_io import PathManager
+
+from gnws_d2 import model_zoo
+from gnws_d2.checkpoint import catalog
+from gnws_d2.utils.errors import UserError
+
+NAME = "faster_rcnn_R50_gnws_1x"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves ``files``; counts requests; sends only the first ``cut`` bytes if that is given."""
+
+    def __init__(self):
+        self.files, self.requests, self.cut, self.delay = {}, 0, None, 0
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.requests += 1
+        data = self.server.files.get(self.path.strip("/"))
+        if data is None:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: self.server.cut])
+        self.wfile.flush()
+        time.sleep(self.server.delay)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    return tmp_path / "gnws_d2"
+
+
+@pytest.fixture
+def publish(server, monkeypatch):
+    """Put a checkpoint on the server, under a file name with its hash, and in the catalog."""
+
+    def publish(name, content, prefix=None):
+        if not isinstance(content, bytes):
+            f = io.BytesIO()
+            torch.save(content, f)
+            content = f.getvalue()
+        file_name = f"model-{prefix or hashlib.sha256(content).hexdigest()[:8]}.pth"
+        server.files[file_name] = content
+        urls = {**catalog.checkpoint_urls(), name: f"{server.url}/{file_name}"}
+        monkeypatch.setattr(catalog, "checkpoint_urls", lambda: urls)
+        return file_name
+
+    return publish
+
+
+def small_checkpoint():
+    return {"state_dict": {"backbone.layer1.0.conv1.weight": torch.ones(2, 2, 1, 1)}}
+
+
+def files(cache):
+    return sorted(path.name for path in cache.iterdir() if path.suffix != ".lock")
+
+
+def get():
+    return PathManager.get_local_path(f"gnws://{NAME}")
+
+
+def test_catalog_has_the_published_urls():
+    urls = catalog.checkpoint_urls()
+    assert list(urls)[:12] == model_zoo.names()
+    assert [name for name in urls if name not in model_zoo.names()] == [
+        f"ImageNetPretrained/{backbone}-GN-WS"
+        for backbone in ("R-50", "R-101", "X-50-32x4d", "X-101-32x4d")
+    ]
+    for row in model_zoo.table():
+        assert urls[row["name"]].endswith(f"-{row['sha256_prefix']}.pth")
+        cfg = model_zoo.get_config(row["name"])
+        assert cfg.MODEL.WEIGHTS.removeprefix("gnws://") in urls
+        depth = "-".join(row["backbone"].split("-")[:-1])
+        assert cfg.MODEL.WEIGHTS == f"gnws://ImageNetPretrained/{depth}-GN-WS"
+
+
+def test_downloads_once_checks_and_converts(publish, server, cache, capfd):
+    file_name = publish(NAME, small_checkpoint())
+    path = get()
+    assert server.requests == 1 and file_name in capfd.readouterr().err  # the progress bar
+    assert torch.load(path)["model"].keys() == {"backbone.bottom_up.res2.0.conv1.weight"}
+    assert files(cache) == [f"{file_name[:-4]}.detectron2.pth", file_name]
+    assert get() == path and server.requests == 1
+    assert PathManager.isfile(f"gnws://{NAME}") and not PathManager.isfile("gnws://other")
+    with PathManager.open(f"gnws://{NAME}", "rb") as f:
+        assert f.read() == Path(path).read_bytes()
+
+
+def test_file_put_into_the_cache_is_used(publish, server, cache):
+    file_name = publish(NAME, small_checkpoint())
+    cache.mkdir()
+    (cache / file_name).write_bytes(server.files[file_name])
+    assert torch.load(get())["model"] and server.requests == 0
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn_R50_gnws_20_23_24", "ImageNetPretrained/R50-GN-WS"])
+def test_unknown_name_offers_the_nearest(cache, name):
+    with pytest.raises(UserError, match=r"mask_rcnn_R50_gnws_20_23_24e|ImageNetPretrained/R-50-GN"):
+        PathManager.get_local_path(f"gnws://{name}")
+
+
+def test_without_network_the_message_says_what_to_do(cache, monkeypatch):
+    url = "http://127.0.0.1:9/model-12345678.pth"
+    monkeypatch.setattr(catalog, "checkpoint_urls", lambda: {NAME: url})
+    with pytest.raises(UserError) as e:
+        get()
+    assert all(part in str(e.value) for part in (url, str(cache), 'MODEL.WEIGHTS ""'))
+    assert "\n" not in str(e.value) and files(cache) == []
+
+
+def test_missing_file_on_the_server_is_named(publish, server, cache):
+    file_name = publish(NAME, small_checkpoint())
+    del server.files[file_name]
+    with pytest.raises(UserError, match=f"Cannot download {server.url}/{file_name}: .*404"):
+        get()
+    assert files(cache) == []
+
+
+def test_truncated_download_is_an_error_and_is_restarted(publish, server, cache):
+    file_name = publish(NAME, small_checkpoint())
+    server.cut = 100
+    with pytest.raises(UserError, match=r"Cannot download .* got only 100 out of"):
+        get()
+    assert file_name not in files(cache) and len(files(cache)) <= 1
+    server.cut = None
+    assert torch.load(get())["model"]
+    assert files(cache) == [f"{file_name[:-4]}.detectron2.pth", file_name]
+
+
+@pytest.mark.parametrize("content", [b"<html>Sign in</html>", b"other bytes"])
+def test_wrong_hash_names_both_and_keeps_the_file_aside(publish, cache, content):
+    file_name = publish(NAME, content, prefix="12345678")
+    actual = hashlib.sha256(content).hexdigest()[:8]
+    with pytest.raises(UserError, match=f"{file_name} starts with {actual}, not 12345678") as e:
+        get()
+    assert files(cache) == [f"{file_name}.wrong"]
+    assert f"{file_name}.wrong" in str(e.value)
+
+
+def test_values_that_are_not_finite_are_not_converted(publish, cache):
+    state = small_checkpoint()
+    state["state_dict"]["backbone.layer1.0.conv1.weight"][0] = float("inf")
+    file_name = publish(NAME, state)
+    with pytest.raises(UserError, match=r"not finite in backbone.bottom_up.res2.0.conv1.weight"):
+        get()
+    assert files(cache) == [file_name]
+
+
+def test_cache_directory_without_permission_is_named(publish, tmp_path, monkeypatch):
+    """Root may write anywhere, so a file stands where the directory should be."""
+    publish(NAME, small_checkpoint())
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    (tmp_path / "gnws_d2").write_text("")
+    with pytest.raises(UserError, match=f"cache directory {tmp_path}/gnws_d2.*FVCORE_CACHE"):
+        get()
+
+
+def test_full_disk_is_named_and_leaves_no_good_looking_file(publish, server, cache):
+    import resource
+
+    publish(NAME, {"state_dict": {"backbone.layer1.0.conv1.weight": torch.ones(512, 512, 1, 1)}})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=f"cache directory {cache}: File too large"):
+            get()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert all(name.endswith(".part") for name in files(cache))
+    assert torch.load(get())["model"]
+
+
+def _get(url, cache):
+    os.environ["FVCORE_CACHE"] = cache
+    catalog.checkpoint_urls = lambda: {NAME: url}
+    return get()
+
+
+def test_eight_processes_download_once(publish, server, cache):
+    file_name = publish(NAME, small_checkpoint())
+    server.delay = 1
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gnws_d2.checkpoint.catalog"])
+    with context.Pool(8) as pool:
+        paths = pool.starmap(_get, [(f"{server.url}/{file_name}", str(cache.parent))] * 8)
+    assert len(set(paths)) == 1 and torch.load(paths[0])["model"]
+    assert server.requests == 1
+
+
+def test_killed_download_is_restarted(publish, server, cache):
+    content = {"state_dict": {"backbone.layer1.0.conv1.weight": torch.ones(512, 512, 1, 1)}}
+    file_name = publish(NAME, content)
+    server.cut, server.delay = 500_000, 60
+    code = (
+        "from gnws_d2.checkpoint import catalog; from detectron2.utils.file_io import PathManager;"
+        f"catalog.checkpoint_urls = lambda: {{'{NAME}': '{server.url}/{file_name}'}};"
+        f"PathManager.get_local_path('gnws://{NAME}')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ)
+    deadline = time.time() + 60
+    while not server.requests and time.time() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert server.requests == 1 and file_name not in files(cache)
+    server.cut, server.delay = None, 0
+    assert torch.load(get())["model"]
+    assert files(cache) == [f"{file_name[:-4]}.detectron2.pth", file_name]

@@ -1,0 +1,214 @@
+import os
+import pickle
+
+import pytest
+import torch
+from conftest import mmdet_state
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+
+from gnws_d2 import model_zoo
+from gnws_d2.checkpoint import GNWSCheckpointer, convert_to_detectron2, load_checkpoint
+from gnws_d2.checkpoint.checkpointer import describe, save_checkpoint
+from gnws_d2.layers import fold_ws_conv
+from gnws_d2.utils.errors import UserError
+
+FASTER, MASK = "faster_rcnn_R50_gnws_1x", "mask_rcnn_R50_gnws_2x"
+
+
+def build(name, num_classes=80):
+    cfg = model_zoo.get_config(name)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes
+    return build_model(cfg)
+
+
+@pytest.fixture
+def save(tmp_path):
+    def save(content, **kwargs):
+        path = str(tmp_path / "given.pth")
+        torch.save(content, path, **kwargs)
+        return path
+
+    return save
+
+
+@pytest.mark.parametrize("zip_format", [True, False], ids=["zip", "before PyTorch 1.6"])
+def test_mmdetections_file_loads_whole(save, zip_format):
+    state = mmdet_state(MASK)
+    path = save({"meta": {}, "state_dict": state}, _use_new_zipfile_serialization=zip_format)
+    model = build(MASK)
+    GNWSCheckpointer(model, strict=True).load(path)
+    expected = convert_to_detectron2({"state_dict": state})["model"]
+    assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "given, built, seems, builds",
+    [
+        ("mask_rcnn_R101_gnws_2x", MASK, "Mask R-CNN R-101-FPN with 80", "Mask R-CNN R-50-FPN"),
+        (MASK, "mask_rcnn_R101_gnws_2x", "Mask R-CNN R-50-FPN with 80", "Mask R-CNN R-101-FPN"),
+        ("mask_rcnn_X50_32x4d_gnws_2x", MASK, "Mask R-CNN X-50-32x4d-FPN", "Mask R-CNN R-50-FPN"),
+        (FASTER, MASK, "Faster R-CNN R-50-FPN with 80", "Mask R-CNN R-50-FPN with 80"),
+        (MASK, FASTER, "Mask R-CNN R-50-FPN with 80", "Faster R-CNN R-50-FPN with 80"),
+        (MASK, (MASK, 3), "Mask R-CNN R-50-FPN with 80", "Mask R-CNN R-50-FPN with 3"),
+    ],
+)
+def test_other_network_is_an_error_that_says_which(save, given, built, seems, builds):
+    path = save({"meta": {}, "state_dict": mmdet_state(given)})
+    model = build(*built) if isinstance(built, tuple) else build(built)
+    with pytest.raises(UserError) as e:
+        GNWSCheckpointer(model, strict=True).load(path)
+    message = str(e.value)
+    assert f"{path} seems to be a {seems}" in message and f"builds a {builds}" in message
+    assert "\n" not in message
+
+
+def test_missing_parameter_is_named(save):
+    state = mmdet_state(FASTER)
+    del state["neck.fpn_convs.1.gn.bias"]
+    path = save({"state_dict": state})
+    for strict in (True, False):
+        with pytest.raises(UserError, match=r"1 parameters are missing .*fpn_output3.norm.bias"):
+            GNWSCheckpointer(build(FASTER), strict=strict).load(path)
+
+
+def backbone(name):
+    return {
+        key.removeprefix("backbone."): value
+        for key, value in mmdet_state(name).items()
+        if key.startswith("backbone.")
+    }
+
+
+def test_training_starts_from_a_backbone(save):
+    state = backbone(FASTER)
+    path, model = save(state), build(FASTER)
+    head = model.roi_heads.box_head.conv1.weight.clone()
+    GNWSCheckpointer(model).load(path)
+    block = model.backbone.bottom_up.res4[2]
+    assert torch.equal(block.conv2.weight, state["layer3.2.conv2.weight"])
+    assert torch.equal(block.conv2.norm.bias, state["layer3.2.gn2.bias"])
+    assert torch.equal(model.roi_heads.box_head.conv1.weight, head)
+    with pytest.raises(UserError, match="seems to be an R-50 backbone"):
+        GNWSCheckpointer(model, strict=True).load(path)
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn_R101_gnws_1x", "faster_rcnn_X50_32x4d_gnws_1x"])
+def test_training_does_not_start_from_the_backbone_of_another_network(save, name):
+    with pytest.raises(UserError, match=r"seems to be an [RX]-.* backbone"):
+        GNWSCheckpointer(build(FASTER)).load(save(backbone(name)))
+    with pytest.raises(UserError, match="seems to be an R-50 backbone"):
+        GNWSCheckpointer(build(name)).load(save(backbone(FASTER)))
+
+
+def test_fine_tuning_on_other_classes_keeps_new_predictors_and_says_so_in_one_line(save, caplog):
+    path, model = save({"state_dict": mmdet_state(MASK)}), build(MASK, 3)
+    predictor = model.roi_heads.mask_head.predictor.weight.clone()
+    with caplog.at_level("INFO"):
+        GNWSCheckpointer(model).load(path)
+    assert torch.equal(model.roi_heads.mask_head.predictor.weight, predictor)
+    about = [r.getMessage() for r in caplog.records if "predictor" in r.getMessage()]
+    assert len(about) == 1 and "other classes" in about[0] and "cls_score" in about[0]
+    expected = mmdet_state(MASK)["roi_head.mask_head.convs.0.conv.weight"]
+    assert torch.equal(model.roi_heads.mask_head.mask_fcn1.weight, expected)
+
+
+def test_plain_group_norm_checkpoint_warns_and_the_other_way_round(tmp_path, caplog):
+    model, plain = build(FASTER), fold_ws_conv(build(FASTER))
+    GNWSCheckpointer(model, str(tmp_path)).save("gnws")
+    GNWSCheckpointer(plain, str(tmp_path)).save("gn")
+    for m, name, warns in (
+        (model, "gnws", False),
+        (plain, "gn", False),
+        (model, "gn", True),
+        (plain, "gnws", True),
+    ):
+        caplog.clear()
+        GNWSCheckpointer(m, strict=True).load(str(tmp_path / f"{name}.pth"))
+        assert ("its predictions will be wrong" in caplog.text) == warns
+
+
+def test_own_checkpoints_load_in_stock_detectron2(tmp_path, caplog):
+    model, other = build(FASTER), build(FASTER)
+    GNWSCheckpointer(model, str(tmp_path)).save("model")
+    DetectionCheckpointer(other).load(str(tmp_path / "model.pth"))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+
+
+class _Malicious:
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/pwned",))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "is damaged"),
+        (b"garbage", "is damaged"),
+        (b"<!DOCTYPE html><html>Not found</html>", "is a web page"),
+        (pickle.dumps({"model": {}}), "is damaged"),
+    ],
+)
+def test_file_that_is_no_checkpoint_is_named(tmp_path, content, message):
+    path = tmp_path / "given.pth"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path} {message}"):
+        load_checkpoint(str(path))
+
+
+def test_truncated_checkpoint_is_named(save):
+    path = save({"state_dict": mmdet_state(FASTER)})
+    os.truncate(path, os.path.getsize(path) // 2)
+    with pytest.raises(UserError, match=f"{path} is damaged"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_code_in_a_checkpoint_is_not_run(save, tmp_path, zip_format):
+    path = save({"state_dict": _Malicious()}, _use_new_zipfile_serialization=zip_format)
+    with pytest.raises(UserError, match=r"holds posix.system, which would run code .*refused"):
+        load_checkpoint(path)
+    assert not os.path.exists("/tmp/pwned")
+
+
+def test_values_that_are_not_finite_are_named(save):
+    state = mmdet_state(FASTER)
+    state["rpn_head.rpn_conv.bias"][7] = float("nan")
+    with pytest.raises(UserError, match=r"not finite in proposal_generator.rpn_head.conv.bias"):
+        load_checkpoint(save({"state_dict": state}))
+
+
+def test_batch_norm_model_is_refused(save):
+    state = backbone(FASTER) | {"bn1.running_mean": torch.zeros(64)}
+    with pytest.raises(UserError, match="BatchNorm"):
+        load_checkpoint(save(state))
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"gone.pth: No such file"):
+        load_checkpoint(str(tmp_path / "gone.pth"))
+
+
+def test_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    """A file that cannot grow stands for the disk."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "model.pth"
+    save_checkpoint({"model": {"a": torch.zeros(3)}}, str(path))
+    good = path.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=f"Cannot write {path}"):
+            save_checkpoint({"model": {"a": torch.zeros(1_000_000)}}, str(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pth"] and path.read_bytes() == good
+
+
+@pytest.mark.parametrize("name", model_zoo.names()[:8])
+def test_describe(name):
+    row = next(row for row in model_zoo.table() if row["name"] == name)
+    state = convert_to_detectron2({"state_dict": mmdet_state(name)})["model"]
+    assert describe(state) == f"a {row['detector']} {row['backbone']} with 80 classes"

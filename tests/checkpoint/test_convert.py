@@ -1,0 +1,162 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ASSETS, mmdet_state
+from detectron2.modeling import build_model
+
+from gnws_d2 import model_zoo
+from gnws_d2.checkpoint import convert_to_detectron2, convert_to_mmdet
+from gnws_d2.utils.errors import UserError
+
+NAMES = model_zoo.names()[:8]  # one of each network
+R50 = NAMES[0]
+
+
+def build(name):
+    cfg = model_zoo.get_config(name)
+    cfg.MODEL.DEVICE = "cpu"
+    return build_model(cfg)
+
+
+def test_key_files_are_of_the_eight_networks():
+    assert len(list((ASSETS / "mmdet_keys").iterdir())) == len(NAMES) == 8
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_of_mmdetection_has_its_place(name):
+    state = mmdet_state(name)
+    converted = convert_to_detectron2({"meta": {}, "state_dict": state})["model"]
+    model = build(name)
+    assert {k: v.shape for k, v in converted.items()} == {
+        k: p.shape for k, p in model.named_parameters()
+    }
+    back = convert_to_mmdet({"model": converted})["state_dict"]
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+def test_places_are_the_right_ones():
+    """Hand-written, for each kind of layer."""
+    pairs = {
+        "backbone.conv1.weight": "backbone.bottom_up.stem.conv1.weight",
+        "backbone.gn1.bias": "backbone.bottom_up.stem.conv1.norm.bias",
+        "backbone.layer3.5.conv2.weight": "backbone.bottom_up.res4.5.conv2.weight",
+        "backbone.layer3.5.gn2.weight": "backbone.bottom_up.res4.5.conv2.norm.weight",
+        "backbone.layer4.0.downsample.0.weight": "backbone.bottom_up.res5.0.shortcut.weight",
+        "backbone.layer4.0.downsample.1.bias": "backbone.bottom_up.res5.0.shortcut.norm.bias",
+        "neck.lateral_convs.0.conv.weight": "backbone.fpn_lateral2.weight",
+        "neck.fpn_convs.3.gn.weight": "backbone.fpn_output5.norm.weight",
+        "rpn_head.rpn_conv.bias": "proposal_generator.rpn_head.conv.bias",
+        "rpn_head.rpn_cls.weight": "proposal_generator.rpn_head.objectness_logits.weight",
+        "rpn_head.rpn_reg.weight": "proposal_generator.rpn_head.anchor_deltas.weight",
+        "roi_head.bbox_head.shared_convs.0.conv.weight": "roi_heads.box_head.conv1.weight",
+        "roi_head.bbox_head.shared_convs.3.gn.bias": "roi_heads.box_head.conv4.norm.bias",
+        "roi_head.bbox_head.shared_fcs.0.weight": "roi_heads.box_head.fc1.weight",
+        "roi_head.bbox_head.fc_cls.weight": "roi_heads.box_predictor.cls_score.weight",
+        "roi_head.bbox_head.fc_reg.bias": "roi_heads.box_predictor.bbox_pred.bias",
+        "roi_head.mask_head.convs.2.conv.weight": "roi_heads.mask_head.mask_fcn3.weight",
+        "roi_head.mask_head.upsample.weight": "roi_heads.mask_head.deconv.weight",
+        "roi_head.mask_head.conv_logits.bias": "roi_heads.mask_head.predictor.bias",
+    }
+    state = mmdet_state("mask_rcnn_R50_gnws_2x")
+    converted = convert_to_detectron2({"state_dict": state})["model"]
+    for mmdet, detectron2 in pairs.items():
+        assert converted[detectron2] is state[mmdet]
+
+
+def test_prefix_of_ddp_is_dropped_and_ema_copies_are_ignored():
+    state = mmdet_state(R50)
+    expected = convert_to_detectron2({"state_dict": state})["model"]
+    given = {f"module.{key}": value for key, value in state.items()}
+    given |= {f"ema_{key.replace('.', '_')}": value + 1 for key, value in state.items()}
+    converted = convert_to_detectron2({"meta": {"epoch": 12}, "state_dict": given})["model"]
+    assert converted.keys() == expected.keys()
+    assert all(torch.equal(converted[key], expected[key]) for key in expected)
+
+
+def imagenet_state(layout):
+    """The backbone of R-50 in MMCV's layout or in the WS authors'."""
+    state = {
+        key.removeprefix("backbone."): value
+        for key, value in mmdet_state(R50).items()
+        if key.startswith("backbone.")
+    }
+    if layout == "MMCV":
+        return state
+    state = {"module." + re.sub(r"\bgn(\d)", r"bn\1", key): value for key, value in state.items()}
+    return state | {
+        "module.fc.weight": torch.zeros(1000, 2048),
+        "module.fc.bias": torch.zeros(1000),
+    }
+
+
+@pytest.mark.parametrize("layout", ["MMCV", "authors"])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_imagenet_backbones_are_recognized(layout, wrapped):
+    state = imagenet_state(layout)
+    converted = convert_to_detectron2({"state_dict": state} if wrapped else state)
+    backbone = build(R50).backbone.bottom_up
+    assert {k: v.shape for k, v in converted["model"].items()} == {
+        k: p.shape for k, p in backbone.named_parameters()
+    }
+    expected = imagenet_state("MMCV")["layer2.3.gn3.weight"]
+    assert torch.equal(converted["model"]["res3.3.conv3.norm.weight"], expected)
+
+
+def test_detectron2s_format_is_taken_as_it_is():
+    checkpoint = {"model": build(R50).state_dict(), "iteration": 3}
+    assert convert_to_detectron2(checkpoint) is checkpoint
+    assert convert_to_detectron2(checkpoint["model"])["model"].keys() == checkpoint["model"].keys()
+
+
+@pytest.mark.parametrize(
+    "checkpoint, message",
+    [
+        ({"state_dict": {"bn1.running_mean": torch.zeros(3)}}, "BatchNorm"),
+        ({"transformer.weight": torch.zeros(3)}, "transformer.weight.* no model known here"),
+        ({"epoch": 3}, "no state dict"),
+        ([torch.zeros(3)], "no state dict"),
+        (torch.zeros(3), "no state dict"),
+    ],
+)
+def test_other_content_is_refused(checkpoint, message):
+    with pytest.raises(UserError, match=message):
+        convert_to_detectron2(checkpoint)
+
+
+def test_layers_without_a_counterpart_are_named():
+    state = mmdet_state(R50) | {"roi_head.bbox_head.1.fc_cls.weight": torch.zeros(3)}
+    with pytest.raises(UserError, match=r"1 of its parameters .* roi_head.bbox_head.1.fc_cls"):
+        convert_to_detectron2({"state_dict": state})
+    with pytest.raises(UserError, match="keypoint_head"):
+        convert_to_mmdet({"model": {"roi_heads.keypoint_head.weight": torch.zeros(3)}})
+
+
+def test_tool_converts_there_and_back(tmp_path, monkeypatch, capsys):
+    import runpy
+    import sys
+
+    tool = str(Path(__file__).parent.parent.parent / "tools" / "convert_weights.py")
+    there, back = tmp_path / "detectron2.pth", tmp_path / "mmdet.pth"
+    given = tmp_path / "given.pth"
+    state = mmdet_state(R50)
+    torch.save({"meta": {}, "state_dict": state}, given)
+    for argv in ([str(given), str(there)], [str(there), str(back), "--to", "mmdet"]):
+        monkeypatch.setattr(sys, "argv", [tool, *argv])
+        runpy.run_path(tool, run_name="__main__")
+    build(R50).load_state_dict(torch.load(there)["model"], strict=False)
+    result = torch.load(back)["state_dict"]
+    assert result.keys() == state.keys()
+    assert all(torch.equal(result[key], state[key]) for key in state)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        path.name for path in (there, back, given)
+    )
+
+    given.write_text(json.dumps({}))
+    monkeypatch.setattr(sys, "argv", [tool, str(given), str(there)])
+    with pytest.raises(SystemExit) as e:
+        runpy.run_path(tool, run_name="__main__")
+    assert e.value.code == 2 and f"{given} is damaged" in capsys.readouterr().err

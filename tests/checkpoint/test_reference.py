@@ -1,0 +1,74 @@
+"""
+Published weights give the published outputs: the same weights through this project and through
+tests/reference.py, from a JPEG file to boxes in the image's coordinates.
+"""
+
+import cv2
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import mmdet_state
+from torchvision.ops import box_iou
+
+from gnws_d2 import Predictor, model_zoo
+
+SIZE = 400  # pixels of the shorter side
+NAMES = model_zoo.names()[:8]  # one of each network
+FAST = ("faster_rcnn_R50_gnws_1x", "mask_rcnn_X50_32x4d_gnws_2x")
+
+
+def assert_same_detections(
+    boxes, scores, classes, expected_boxes, expected_scores, expected_classes
+):
+    assert len(boxes) == len(expected_boxes) > 20
+    iou = box_iou(expected_boxes, boxes) * (expected_classes[:, None] == classes[None])
+    best, partner = iou.max(dim=1)
+    assert best.min() > 0.99
+    assert len(set(partner.tolist())) == len(boxes)
+    assert (scores[partner] - expected_scores).abs().max() < 1e-3
+    return partner
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
+@pytest.mark.parametrize("photograph", ["0.jpg", "7.jpg"])
+def test_features_and_detections_agree(name, photograph, photographs, tmp_path):
+    state = mmdet_state(name)
+    torch.save({"meta": {}, "state_dict": state}, tmp_path / "published.pth")
+    cfg = model_zoo.get_config(name)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.WEIGHTS = str(tmp_path / "published.pth")
+    cfg.INPUT.MIN_SIZE_TEST = SIZE
+    predictor = Predictor(cfg)
+
+    original = cv2.imread(str(photographs.images / photograph))
+    h, w = original.shape[:2]
+    shape = (round(w * SIZE / h), SIZE)
+    image = cv2.resize(original, shape, interpolation=cv2.INTER_LINEAR)
+    image = torch.from_numpy(np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1)))
+    with torch.no_grad():
+        expected = reference.detect(image, state)
+        model = predictor.model
+        features = model.backbone(model.preprocess_image([{"image": image}]).tensor)
+        (resized,) = model.inference([{"image": image}], do_postprocess=False)
+
+    assert list(features) == ["p2", "p3", "p4", "p5", "p6"]
+    for feature, reference_feature in zip(features.values(), expected["features"]):
+        error = (feature - reference_feature).norm() / reference_feature.norm()
+        assert error < 2e-5
+    partner = assert_same_detections(
+        resized.pred_boxes.tensor, resized.scores, resized.pred_classes,
+        expected["boxes"], expected["scores"], expected["classes"],
+    )  # fmt: skip
+    if "masks" in expected:
+        masks = resized.pred_masks[partner, 0]
+        assert (masks - expected["masks"]).abs().max() < 1e-2
+
+    instances = predictor(original)["instances"]
+    scale = torch.tensor([w / shape[0], h / shape[1]]).repeat(2)
+    assert_same_detections(
+        instances.pred_boxes.tensor, instances.scores, instances.pred_classes,
+        expected["boxes"] * scale, expected["scores"], expected["classes"],
+    )  # fmt: skip

@@ -1,0 +1,152 @@
+import hashlib
+import json
+import subprocess
+import sys
+
+import cv2
+import pytest
+import torch
+from conftest import mmdet_state
+from detectron2.engine import DefaultPredictor
+from detectron2.utils.file_io import PathManager
+
+import train_net
+from gnws_d2 import Predictor, model_zoo
+from gnws_d2.checkpoint import catalog, fold_model
+from gnws_d2.data.transforms import OpenCVResizeShortestEdge
+from gnws_d2.utils.errors import UserError
+
+NAMES = model_zoo.names()[:8]
+FAST = ("faster_rcnn_X50_32x4d_gnws_1x", "mask_rcnn_R50_gnws_2x")
+networks = pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
+
+
+def get_config(name, weights):
+    cfg = model_zoo.get_config(name)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.WEIGHTS = str(weights)
+    cfg.INPUT.MIN_SIZE_TEST = 200
+    return cfg
+
+
+def assert_equal(a, b, **tolerance):
+    assert len(a) == len(b) > 10
+    torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor, **tolerance)
+    torch.testing.assert_close(a.scores, b.scores, **tolerance)
+    assert torch.equal(a.pred_classes, b.pred_classes)
+    if a.has("pred_masks"):
+        assert (a.pred_masks != b.pred_masks).float().mean() < 1e-4
+
+
+@pytest.fixture
+def published(tmp_path):
+    def published(name):
+        path = tmp_path / "published.pth"
+        torch.save({"meta": {}, "state_dict": mmdet_state(name)}, path)
+        return path
+
+    return published
+
+
+@networks
+def test_every_way_to_load_gives_the_same(name, published, photographs, tmp_path, monkeypatch):
+    """gnws:// in stock Detectron2 and in ours, the raw file in ours and in train_net.py."""
+    path = published(name)
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    sha = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    url = f"file://{path.rename(tmp_path / f'published-{sha}.pth')}"
+    path = tmp_path / f"published-{sha}.pth"
+    monkeypatch.setattr(catalog, "checkpoint_urls", lambda: {name: url})
+    # Stock Detectron2 resizes with Pillow; the same resize shows that the weights are the same.
+    monkeypatch.setattr("detectron2.data.transforms.ResizeShortestEdge", OpenCVResizeShortestEdge)
+
+    photograph = photographs.images / "0.jpg"
+    image = cv2.imread(str(photograph))
+    expected = Predictor(get_config(name, path))(image)["instances"]
+    for predictor in (
+        DefaultPredictor(get_config(name, f"gnws://{name}")),
+        Predictor(get_config(name, f"gnws://{name}")),
+    ):
+        assert_equal(predictor(image)["instances"], expected, rtol=0, atol=0)
+    monkeypatch.undo()
+
+    coco = photographs.coco()
+    coco["images"] = [i for i in coco["images"] if i["file_name"] == "0.jpg"]
+    coco["annotations"] = []
+    coco["categories"] = [{"id": i, "name": str(i)} for i in range(80)]
+    (tmp_path / "one.json").write_text(json.dumps(coco))
+    dataset = f"one_{name}"
+    argv = [
+        "train_net.py", "--eval-only", "--config-file", model_zoo.get_config_file(name),
+        "--dataset", dataset, str(tmp_path / "one.json"), str(photographs.images),
+        "DATASETS.TEST", f"('{dataset}',)", "MODEL.WEIGHTS", str(path), "MODEL.DEVICE", "cpu",
+        "INPUT.MIN_SIZE_TEST", "200", "OUTPUT_DIR", str(tmp_path / "out"),
+        "DATALOADER.NUM_WORKERS", "0",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", argv)
+    train_net.invoke_main()
+    results = json.loads((tmp_path / "out/inference/coco_instances_results.json").read_text())
+    assert [r["score"] for r in results] == pytest.approx(expected.scores.tolist())
+    assert [r["category_id"] for r in results] == expected.pred_classes.tolist()
+    boxes = torch.tensor([r["bbox"] for r in results])
+    boxes[:, 2:] += boxes[:, :2]
+    torch.testing.assert_close(boxes, expected.pred_boxes.tensor)
+
+
+def test_images_are_batched(published, photographs):
+    predictor = Predictor(
+        get_config("faster_rcnn_R50_gnws_1x", published("faster_rcnn_R50_gnws_1x"))
+    )
+    images = [cv2.imread(str(photographs.images / f"{i}.jpg")) for i in range(2)]
+    for output, image in zip(predictor(images), images):
+        assert output["instances"].image_size == image.shape[:2]
+        assert_equal(output["instances"], predictor(image)["instances"], rtol=1e-3, atol=1e-3)
+
+
+def test_weights_of_another_network_are_an_error(published):
+    path = published("faster_rcnn_R50_gnws_1x")
+    with pytest.raises(UserError, match="seems to be a Faster R-CNN R-50-FPN"):
+        Predictor(get_config("mask_rcnn_R50_gnws_2x", path))
+
+
+@networks
+def test_folded_model_runs_in_stock_detectron2(name, published, photographs, tmp_path):
+    """In a process that cannot import this project."""
+    cfg = get_config(name, published(name))
+    config_file, _ = fold_model(cfg, str(tmp_path / "folded"))
+    photograph = str(photographs.images / "0.jpg")
+    code = f"""
+import sys
+sys.modules["gnws_d2"] = None
+import cv2, torch
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+cfg = get_cfg()
+cfg.merge_from_file({config_file!r})
+assert cfg.MODEL.RESNETS.NORM == "GN" and "GNWS" not in cfg.dump()
+predictor = DefaultPredictor(cfg)
+assert not any("gnws" in type(m).__module__ for m in predictor.model.modules())
+torch.save(predictor(cv2.imread({photograph!r}))["instances"].get_fields(), "fields.pth")
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    fields = torch.load(tmp_path / "fields.pth", weights_only=False)
+    expected = DefaultPredictor(
+        get_config(name, PathManager.get_local_path(_converted(cfg.MODEL.WEIGHTS)))
+    )(cv2.imread(photograph))["instances"]
+    assert len(expected) > 10
+    for key in ("pred_boxes", "scores"):
+        a, b = (f.tensor if key == "pred_boxes" else f for f in (fields[key], expected.get(key)))
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+    assert torch.equal(fields["pred_classes"], expected.pred_classes)
+    if "pred_masks" in fields:
+        assert (fields["pred_masks"] != expected.pred_masks).float().mean() < 1e-5
+
+
+def _converted(path):
+    """The file in Detectron2's format, for the stock predictor."""
+    from gnws_d2.checkpoint import load_checkpoint, save_checkpoint
+
+    save_checkpoint(load_checkpoint(path), f"{path}.detectron2.pth")
+    return f"{path}.detectron2.pth"
