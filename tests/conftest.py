@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -22,6 +23,17 @@ class Photographs:
 @pytest.fixture
 def photographs():
     return Photographs()
+
+
+@pytest.fixture
+def shapes_root(tmp_path, monkeypatch):
+    """Where the built-in data is generated for a test."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    yield tmp_path
+    for name in ("shapes_train", "shapes_val"):
+        metadata = MetadataCatalog.get(name)
+        for key in ("json_file", "image_root"):
+            metadata.__dict__.pop(key, None)
 
 
 def mmdet_network(name):

@@ -22,10 +22,11 @@ OUT_OF_REACH = {
     "gnws://mask_rcnn_R50_gnws_2x": "output/model_final.pth",
     "python tools/reproduce_table.py": "python tools/reproduce_table.py --models "
     "mask_rcnn_R50_gnws_2x --opts MODEL.WEIGHTS output/model_final.pth MODEL.DEVICE cpu "
-    "INPUT.MIN_SIZE_TEST 64 DATALOADER.NUM_WORKERS 0",
+    "INPUT.MIN_SIZE_TEST 64 DATALOADER.NUM_WORKERS 0 MODEL.RPN.POST_NMS_TOPK_TEST 20",
 }
 SMALL = [
     "MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16",
+    "MODEL.RPN.POST_NMS_TOPK_TEST", "20", "TEST.DETECTIONS_PER_IMAGE", "10",
     "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64",
     "SOLVER.MAX_ITER", "1", "SOLVER.STEPS", "()", "DATALOADER.NUM_WORKERS", "0",
 ]  # fmt: skip

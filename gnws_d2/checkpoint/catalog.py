@@ -2,7 +2,10 @@
 
 import difflib
 import hashlib
+import http.client
 import os
+import shutil
+import urllib.error
 import urllib.request
 from typing import IO, Any
 
@@ -72,14 +75,15 @@ class GNWSCatalogHandler(PathHandler):
 def _download(url: str, path: str) -> None:
     part = f"{path}.part"
     try:
-        with tqdm(unit="B", unit_scale=True, desc=os.path.basename(path)) as bar:
-
-            def report(blocks: int, block_size: int, total: int) -> None:
-                bar.total = total if total > 0 else None
-                bar.update(blocks * block_size - bar.n)
-
-            urllib.request.urlretrieve(url, part, report)
-    except (urllib.error.URLError, ConnectionError, TimeoutError) as e:  # cut off, or never there
+        with urllib.request.urlopen(url, timeout=60) as response:
+            size = int(response.headers.get("Content-Length") or 0)
+            with open(part, "wb") as f:
+                bar = tqdm.wrapattr(f, "write", total=size or None, desc=os.path.basename(path))
+                with bar as out:
+                    shutil.copyfileobj(response, out)
+        if os.path.getsize(part) < size:
+            raise ConnectionError(f"it ended after {os.path.getsize(part)} of {size} bytes")
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
         raise UserError(
             f"Cannot download {url}: {e}. Put the file, downloaded elsewhere, into "
             f'{os.path.dirname(path)}, or set MODEL.WEIGHTS "" to train from scratch.'

@@ -33,7 +33,10 @@ def fold_model(cfg: CfgNode, output_dir: str) -> tuple[str, str]:
     Raises:
         UserError: if ``MODEL.WEIGHTS`` does not fit the model.
     """
-    model = build_model(cfg)
+    on_cpu = cfg.clone()
+    on_cpu.defrost()
+    on_cpu.MODEL.DEVICE = "cpu"
+    model = build_model(on_cpu)
     GNWSCheckpointer(model, strict=True).load(cfg.MODEL.WEIGHTS)
     os.makedirs(output_dir, exist_ok=True)
     weights = os.path.abspath(os.path.join(output_dir, "model.pth"))

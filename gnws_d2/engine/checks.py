@@ -25,28 +25,48 @@ def check_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     Raises:
         UserError: for the first thing that is wrong.
     """
-    _check_devices(cfg, args)
-    _check_weights(cfg, args)
+    check_device(cfg)
+    _check_workers(cfg, args)
     _check_classes(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
-    if not args.eval_only:
-        _check_batch_size(cfg, args.num_gpus * args.num_machines)
+    _check_weights(cfg, args)
 
 
-def _check_devices(cfg: CfgNode, args: argparse.Namespace) -> None:
+def check_device(cfg: CfgNode) -> None:
+    """
+    Raises:
+        UserError: if ``MODEL.DEVICE`` is a GPU, and there is none.
+    """
+    if cfg.MODEL.DEVICE != "cpu" and not torch.cuda.is_available():
+        raise UserError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but PyTorch finds no GPU on this machine: set "
+            "MODEL.DEVICE cpu to run on the CPU."
+        )
+
+
+def _check_workers(cfg: CfgNode, args: argparse.Namespace) -> None:
     if args.num_gpus < 1:
         raise UserError(f"--num-gpus {args.num_gpus}: at least one process is needed.")
-    if cfg.MODEL.DEVICE == "cpu":
-        if cfg.SOLVER.AMP.ENABLED and not args.eval_only:
-            raise UserError("SOLVER.AMP.ENABLED True needs a GPU: set it to False on the CPU.")
-        return
-    if not torch.cuda.is_available():
-        raise UserError(
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but PyTorch finds no GPU on this machine: add "
-            "MODEL.DEVICE cpu to the command to run on the CPU."
-        )
-    if args.num_gpus > torch.cuda.device_count():
+    if cfg.MODEL.DEVICE != "cpu" and args.num_gpus > torch.cuda.device_count():
         raise UserError(
             f"--num-gpus {args.num_gpus}, but PyTorch finds {torch.cuda.device_count()} GPUs."
+        )
+    if args.eval_only:
+        return
+    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
+        raise UserError("SOLVER.AMP.ENABLED True needs a GPU: set it to False on the CPU.")
+    num_workers = args.num_gpus * args.num_machines
+    reference, batch_size = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH
+    if reference and batch_size % reference:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH {batch_size} does not divide by SOLVER.REFERENCE_WORLD_SIZE "
+            f"{reference}, the number of workers it is meant for: set SOLVER.REFERENCE_WORLD_SIZE "
+            "0 to use SOLVER.IMS_PER_BATCH as it is."
+        )
+    batch_size = DefaultTrainer.auto_scale_workers(cfg, num_workers).SOLVER.IMS_PER_BATCH
+    if batch_size < 1 or batch_size % num_workers:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH {batch_size} does not divide by the {num_workers} workers "
+            "(--num-gpus times --num-machines)."
         )
 
 
@@ -120,22 +140,6 @@ def _dataset_classes(key: str, name: str) -> list[str]:
     # Classes that are known before the file is read are those of a dataset that comes with
     # Detectron2, or with us, and needs no check.
     return classes if classes is not None else check_coco_json(json_file, image_root)
-
-
-def _check_batch_size(cfg: CfgNode, num_workers: int) -> None:
-    reference, batch_size = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH
-    if reference and batch_size % reference:
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH {batch_size} does not divide by SOLVER.REFERENCE_WORLD_SIZE "
-            f"{reference}, the number of workers it is meant for: set SOLVER.REFERENCE_WORLD_SIZE "
-            "0 to use SOLVER.IMS_PER_BATCH as it is."
-        )
-    batch_size = DefaultTrainer.auto_scale_workers(cfg, num_workers).SOLVER.IMS_PER_BATCH
-    if batch_size < 1 or batch_size % num_workers:
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH {batch_size} does not divide by the {num_workers} workers "
-            "(--num-gpus times --num-machines)."
-        )
 
 
 def _join(names: list[str]) -> str:

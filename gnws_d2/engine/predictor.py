@@ -11,6 +11,7 @@ from detectron2.modeling import build_model
 
 from ..checkpoint import GNWSCheckpointer
 from ..data.transforms import OpenCVResizeShortestEdge
+from .checks import check_device
 
 
 class Predictor(DefaultPredictor):
@@ -28,8 +29,9 @@ class Predictor(DefaultPredictor):
     def __init__(self, cfg: CfgNode):
         """
         Raises:
-            UserError: if ``MODEL.WEIGHTS`` does not fit the model.
+            UserError: if there is no ``MODEL.DEVICE``, or ``MODEL.WEIGHTS`` does not fit the model.
         """
+        check_device(cfg)
         self.cfg = cfg.clone()
         self.model = build_model(self.cfg).eval()
         if len(cfg.DATASETS.TEST):

@@ -13,7 +13,7 @@ from tabulate import tabulate
 from .. import model_zoo
 from ..checkpoint import GNWSCheckpointer
 from ..utils.errors import UserError
-from .checks import check_test_dataset
+from .checks import check_device, check_test_dataset
 from .defaults import Trainer, load_config
 
 TOLERANCE = 0.1  # AP, in percent: the published figures have one digit
@@ -34,6 +34,9 @@ def reproduce_row(name: str, dataset: str, opts: list[str], output_dir: str) -> 
         ``memory_gb``, the peak of the GPU, or of the process on a CPU; ``s_per_im``, the time of
         the model for an image; or, if the weights or the data are not there, ``missing``, which
         says what is.
+
+    Raises:
+        UserError: if ``MODEL.DEVICE`` is not there, or `opts` are not taken.
     """
     (published,) = (row for row in model_zoo.table() if row["name"] == name)
     tasks = {"bbox": "box_ap", "segm": "mask_ap"}
@@ -46,6 +49,7 @@ def reproduce_row(name: str, dataset: str, opts: list[str], output_dir: str) -> 
         "DATASETS.TEST", f"({dataset!r},)", "OUTPUT_DIR", output_dir, *opts,
     ]  # fmt: skip
     cfg = load_config(model_zoo.get_config_file(name), opts)
+    check_device(cfg)
     try:
         check_test_dataset(cfg)
         model = Trainer.build_model(cfg)

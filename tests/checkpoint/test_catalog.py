@@ -154,7 +154,7 @@ def test_missing_file_on_the_server_is_named(publish, server, cache):
 def test_truncated_download_is_an_error_and_is_restarted(publish, server, cache):
     file_name = publish(NAME, small_checkpoint())
     server.cut = 100
-    with pytest.raises(UserError, match=r"Cannot download .* got only 100 out of"):
+    with pytest.raises(UserError, match=r"Cannot download .* it ended after 100 of"):
         get()
     assert file_name not in files(cache) and len(files(cache)) <= 1
     server.cut = None

@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 
 from gnws_d2 import Predictor, model_zoo
 
-SIZE = 400  # pixels of the shorter side
+SIZE = 320  # pixels of the shorter side
 NAMES = model_zoo.names()[:8]  # one of each network
 FAST = ("faster_rcnn_R50_gnws_1x", "mask_rcnn_X50_32x4d_gnws_2x")
 
@@ -33,7 +33,7 @@ def assert_same_detections(
 @pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 )
-@pytest.mark.parametrize("photograph", ["0.jpg", "7.jpg"])
+@pytest.mark.parametrize("photograph", ["0.jpg", pytest.param("7.jpg", marks=pytest.mark.slow)])
 def test_features_and_detections_agree(name, photograph, photographs, tmp_path):
     state = mmdet_state(name)
     torch.save({"meta": {}, "state_dict": state}, tmp_path / "published.pth")

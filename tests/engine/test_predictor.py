@@ -17,10 +17,12 @@ from gnws_d2.data.transforms import OpenCVResizeShortestEdge
 from gnws_d2.utils.errors import UserError
 
 NAMES = model_zoo.names()[:8]
-FAST = ("faster_rcnn_X50_32x4d_gnws_1x", "mask_rcnn_R50_gnws_2x")
-networks = pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-)
+
+
+def networks(*fast):
+    """One of each network, all but `fast` in the slow tests."""
+    slow = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in fast]
+    return pytest.mark.parametrize("name", [*fast, *slow])
 
 
 def get_config(name, weights):
@@ -50,7 +52,7 @@ def published(tmp_path):
     return published
 
 
-@networks
+@networks("faster_rcnn_X50_32x4d_gnws_1x", "mask_rcnn_R50_gnws_2x")
 def test_every_way_to_load_gives_the_same(name, published, photographs, tmp_path, monkeypatch):
     """gnws:// in stock Detectron2 and in ours, the raw file in ours and in train_net.py."""
     path = published(name)
@@ -111,7 +113,7 @@ def test_weights_of_another_network_are_an_error(published):
         Predictor(get_config("mask_rcnn_R50_gnws_2x", path))
 
 
-@networks
+@networks("mask_rcnn_R50_gnws_2x")
 def test_folded_model_runs_in_stock_detectron2(name, published, photographs, tmp_path):
     """In a process that cannot import this project."""
     cfg = get_config(name, published(name))

@@ -22,10 +22,9 @@ OPTS = [
 
 
 @pytest.fixture
-def reproduce(tmp_path, monkeypatch, capsys):
+def reproduce(tmp_path, monkeypatch, capsys, shapes_root):
     """Run the tool on the built-in data, with seeded weights for its three classes."""
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     monkeypatch.setattr("gnws_d2.data.shapes._SPLITS", {"shapes_val": (4, 1)})
     urls = {}
     for name in NAMES:

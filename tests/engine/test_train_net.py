@@ -41,7 +41,7 @@ def read_metrics(output_dir):
     return lines, {k: v for k, v in lines[-1].items() if k.startswith(("bbox/AP", "segm/AP"))}
 
 
-def test_train_resume_and_evaluate(fruits, tmp_path):
+def test_train_resume_evaluate_and_visualize(fruits, tmp_path):
     options, keys = fruits
     keys += ["OUTPUT_DIR", "output", "SOLVER.CHECKPOINT_PERIOD", "2"]
     output = tmp_path / "output"
@@ -65,6 +65,23 @@ def test_train_resume_and_evaluate(fruits, tmp_path):
     ]
     trained, evaluated = (json.loads(path.read_text()) for path in files)
     assert len(trained) > 100 and trained == evaluated
+
+    run = visualize("output", *options[:4], cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "| box" in run.stdout and "| mask" in run.stdout
+    for name in ("predictions.png", "losses.png"):
+        assert cv2.imread(str(output / name)).std() > 10
+
+
+def visualize(*args, cwd):
+    tool = [sys.executable, str(ROOT / "tools" / "visualize_run.py"), *args]
+    return subprocess.run(tool, cwd=cwd, capture_output=True, text=True)
+
+
+def test_visualizing_what_is_no_run_is_an_error(tmp_path):
+    run = visualize("nothing", cwd=tmp_path)
+    assert run.returncode == 2 and "nothing/metrics.json" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_two_processes_train_as_one(fruits, tmp_path):
@@ -103,19 +120,3 @@ def test_truncated_image_stops_training_with_its_name(photographs, tmp_path, pro
     assert error.startswith("train_net.py: error: The image ") and "truncated" in error
     assert str(images) in error and error.count(".jpg") == 1
     assert not others or processes == 2
-
-
-def test_run_is_visualized(fruits, tmp_path):
-    options, keys = fruits
-    run = train_net(*options, *keys, "SOLVER.MAX_ITER", "1", "OUTPUT_DIR", "out", datasets=tmp_path)
-    assert run.returncode == 0, run.stderr
-    tool = [sys.executable, str(ROOT / "tools" / "visualize_run.py")]
-    run = subprocess.run([*tool, "out", *options[:4]], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "| box" in run.stdout and "| mask" in run.stdout
-    for name in ("predictions.png", "losses.png"):
-        assert cv2.imread(str(tmp_path / "out" / name)).std() > 10
-
-    run = subprocess.run([*tool, "nothing"], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 2 and "nothing/metrics.json" in run.stderr
-    assert "Traceback" not in run.stderr

@@ -18,16 +18,11 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 @pytest.fixture(params=["shapes_val", "fruits_evaluated"])
-def dataset_name(request, photographs, tmp_path, monkeypatch):
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+def dataset_name(request, photographs, shapes_root):
     register_coco_datasets(
         [["fruits_evaluated", str(photographs.json_file), str(photographs.images)]]
     )
-    yield request.param
-    metadata = MetadataCatalog.get("shapes_val")
-    for key in ("json_file", "image_root"):
-        if key in metadata.as_dict():
-            delattr(metadata, key)
+    return request.param
 
 
 def predict(record, rng):
