@@ -5,11 +5,11 @@ import argparse
 import json
 import os
 
-from detectron2.config import get_cfg
 from tabulate import tabulate
 
 import gnws_d2  # noqa: F401  (registers the built-in data)
 from gnws_d2.data import register_coco_datasets
+from gnws_d2.engine import add_dataset_argument, load_config
 from gnws_d2.utils.errors import UserError, exit_on_user_error
 from gnws_d2.utils.visualizer import draw_predictions, plot_losses
 
@@ -18,14 +18,7 @@ from gnws_d2.utils.visualizer import draw_predictions, plot_losses
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", metavar="RUN_DIR", help="OUTPUT_DIR of the run")
-    parser.add_argument(
-        "--dataset",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "ANNOTATIONS.json", "IMAGE_ROOT"),
-        help="the datasets that the run was given",
-    )
+    add_dataset_argument(parser)
     args = parser.parse_args()
     metrics_json, results_json, config_file = (
         os.path.join(args.run_dir, name)
@@ -35,9 +28,7 @@ def main() -> None:
         if not os.path.isfile(path):
             raise UserError(f"{path} does not exist: {args.run_dir} holds no finished run.")
     register_coco_datasets(args.dataset)
-    cfg = get_cfg()
-    cfg.merge_from_file(config_file, allow_unsafe=False)
-    dataset_name = cfg.DATASETS.TEST[0]
+    dataset_name = load_config(config_file, []).DATASETS.TEST[0]
 
     with open(metrics_json) as f:
         metrics = [line for line in map(json.loads, f) if "bbox/AP" in line][-1]

@@ -49,6 +49,8 @@ def load_checkpoint(path: str) -> dict[str, Any]:
             why = "is a web page, not a checkpoint: its download failed"
         elif code := re.search(r"\bGLOBAL (\S+)", str(e)):
             why = f"holds {code[1]}, which would run code when loaded: it is refused"
+        elif start.startswith(b"\x80"):
+            why = "is a pickle, which can run code when loaded: it is refused"
         else:
             why = "is damaged, or no PyTorch checkpoint"
         raise UserError(f"The file {path} {why}.") from e
@@ -57,7 +59,7 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     except UserError as e:
         raise UserError(f"The checkpoint {path} cannot be used: {e}") from e
     for name, value in converted["model"].items():
-        if value.is_floating_point() and not value.isfinite().all():
+        if torch.is_tensor(value) and not value.isfinite().all():
             raise UserError(f"The checkpoint {path} has values that are not finite in {name}.")
     return converted
 
@@ -107,6 +109,8 @@ class GNWSCheckpointer(DetectionCheckpointer):
         Raises:
             UserError: see :func:`load_checkpoint`; or if the checkpoint does not fit the model.
         """
+        if self.strict and not path:
+            raise UserError("MODEL.WEIGHTS is empty: name the checkpoint to use.")
         self._path = path
         return super().load(path, *args, **kwargs)
 

@@ -1,4 +1,11 @@
 from .checks import check_setup
-from .defaults import Trainer, argument_parser, get_config, load_config
+from .defaults import Trainer, add_dataset_argument, argument_parser, get_config, load_config
 
-__all__ = ["Trainer", "argument_parser", "check_setup", "get_config", "load_config"]
+__all__ = [
+    "Trainer",
+    "add_dataset_argument",
+    "argument_parser",
+    "check_setup",
+    "get_config",
+    "load_config",
+]

@@ -39,6 +39,12 @@ _CONFIG_ERRORS = (
 def argument_parser() -> argparse.ArgumentParser:
     """Detectron2's :func:`default_argument_parser` with ``--dataset``."""
     parser = default_argument_parser()
+    add_dataset_argument(parser)
+    return parser
+
+
+def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--dataset``, for :func:`register_coco_datasets`."""
     parser.add_argument(
         "--dataset",
         nargs=3,
@@ -48,7 +54,6 @@ def argument_parser() -> argparse.ArgumentParser:
         help="register a dataset in COCO format, for use as NAME in DATASETS.TRAIN and "
         "DATASETS.TEST (repeatable)",
     )
-    return parser
 
 
 def get_config(args: argparse.Namespace) -> CfgNode:

@@ -147,7 +147,7 @@ class _Malicious:
         (b"", "is damaged"),
         (b"garbage", "is damaged"),
         (b"<!DOCTYPE html><html>Not found</html>", "is a web page"),
-        (pickle.dumps({"model": {}}), "is damaged"),
+        (pickle.dumps({"model": {}}), "is a pickle, .* refused"),
     ],
 )
 def test_file_that_is_no_checkpoint_is_named(tmp_path, content, message):
@@ -183,6 +183,12 @@ def test_batch_norm_model_is_refused(save):
     state = backbone(FASTER) | {"bn1.running_mean": torch.zeros(64)}
     with pytest.raises(UserError, match="BatchNorm"):
         load_checkpoint(save(state))
+
+
+def test_no_checkpoint_is_an_error_only_where_one_is_needed():
+    GNWSCheckpointer(build(FASTER)).load("")
+    with pytest.raises(UserError, match=r"MODEL.WEIGHTS is empty"):
+        GNWSCheckpointer(build(FASTER), strict=True).load("")
 
 
 def test_missing_file_is_named(tmp_path):
