@@ -4,7 +4,7 @@ import logging
 from itertools import pairwise
 
 import torch
-from detectron2.layers import Conv2d, CycleBatchNormList, NaiveSyncBatchNorm
+from detectron2.layers import Conv2d, CycleBatchNormList, FrozenBatchNorm2d
 from detectron2.layers.batch_norm import LayerNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +15,6 @@ _NORM_LAYERS = (
     nn.SyncBatchNorm,
     CycleBatchNormList,
     LayerNorm,
-    NaiveSyncBatchNorm,
 )
 
 
@@ -83,15 +82,16 @@ def convert_ws_conv(module: nn.Module) -> nn.Module:
         `module`
     """
     for m in module.modules():
-        if type(m) is Conv2d and isinstance(m.norm, _NORM_LAYERS):
+        if type(m) is Conv2d and not isinstance(m.norm, (FrozenBatchNorm2d, type(None))):
             # Detectron2's FPN and heads also keep their convolutions in plain lists, which new
             # modules in place of the old ones would not reach.
             m.__class__ = WSConv2d
         elif isinstance(m, nn.Sequential):
             for conv, norm in pairwise(m):
-                if type(conv) is nn.Conv2d and isinstance(norm, _NORM_LAYERS):
+                if type(conv) in (nn.Conv2d, Conv2d) and isinstance(norm, _NORM_LAYERS):
                     conv.__class__ = WSConv2d
-                    conv.norm = conv.activation = None  # type: ignore[assignment]
+                    for name in ("norm", "activation"):  # which nn.Conv2d has not
+                        setattr(conv, name, getattr(conv, name, None))
     if not any(isinstance(m, WSConv2d) for m in module.modules()):
         logging.getLogger(__name__).warning(
             f"{type(module).__name__} has no convolution followed by a norm, and stays as it is: "
