@@ -62,7 +62,7 @@ def test_good_command_is_launched(monkeypatch, tmp_path):
         (["--config-file", QUICK_START, "--num-gpus", "0"], "--num-gpus 0"),
         (
             ["--config-file", QUICK_START, "SOLVER.REFERENCE_WORLD_SIZE", "3"],
-            "SOLVER.IMS_PER_BATCH 8 .* SOLVER.REFERENCE_WORLD_SIZE 3",
+            "SOLVER.IMS_PER_BATCH 4 .* SOLVER.REFERENCE_WORLD_SIZE 3",
         ),
         (["--config-file", QUICK_START, "SOLVER.AMP.ENABLED", "True"], "SOLVER.AMP.ENABLED"),
         (["--config-file", QUICK_START, "DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
