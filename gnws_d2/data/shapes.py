@@ -15,8 +15,10 @@ CLASSES = ("circle", "square", "triangle")
 IMAGE_SIZE = 128  # pixels
 _SPLITS = {"shapes_train": (1000, 0), "shapes_val": (100, 1)}  # images, seed
 
-# Corners on the unit circle. The circle is a polygon too, so that its mask is exact.
-_CORNERS = {"circle": 32, "square": 4, "triangle": 3}
+# Corners on the unit circle, and the angle of the first when the shape stands upright. The circle
+# is a polygon too, so that its mask is exact.
+_CORNERS = {"circle": (32, 0.0), "square": (4, np.pi / 4), "triangle": (3, -np.pi / 2)}
+_MAX_TILT = 0.3  # radians
 
 
 def generate_shapes(output_dir: str, num_images: int, seed: int) -> None:
@@ -46,8 +48,8 @@ def generate_shapes(output_dir: str, num_images: int, seed: int) -> None:
             color = rng.randint(0, 256, 3)
             while np.abs(color - background).sum() < 150:
                 color = rng.randint(0, 256, 3)
-            n = _CORNERS[CLASSES[category]]
-            angles = rng.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange(n) / n
+            n, first = _CORNERS[CLASSES[category]]
+            angles = first + rng.uniform(-_MAX_TILT, _MAX_TILT) + 2 * np.pi * np.arange(n) / n
             polygon = center + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
             # OpenCV counts from the centre of the first pixel, COCO from its corner.
             corners = np.round((polygon - 0.5) * 16).astype(np.int32)
