@@ -1,10 +1,12 @@
 import json
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
+from server import Server
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -34,6 +36,14 @@ def shapes_root(tmp_path, monkeypatch):
         metadata = MetadataCatalog.get(name)
         for key in ("json_file", "image_root"):
             metadata.__dict__.pop(key, None)
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
 
 
 def mmdet_network(name):

@@ -53,13 +53,16 @@ def published(tmp_path):
 
 
 @networks("faster_rcnn_X50_32x4d_gnws_1x", "mask_rcnn_R50_gnws_2x")
-def test_every_way_to_load_gives_the_same(name, published, photographs, tmp_path, monkeypatch):
-    """gnws:// in stock Detectron2 and in ours, the raw file in ours and in train_net.py."""
+def test_every_way_to_load_gives_the_same(
+    name, published, photographs, server, tmp_path, monkeypatch
+):
+    """gnws:// over HTTP, in stock Detectron2 and ours; the raw file, in ours and train_net.py."""
     path = published(name)
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
-    sha = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    url = f"file://{path.rename(tmp_path / f'published-{sha}.pth')}"
-    path = tmp_path / f"published-{sha}.pth"
+    data = path.read_bytes()
+    file_name = f"published-{hashlib.sha256(data).hexdigest()[:8]}.pth"
+    server.files[file_name] = data
+    url = f"{server.url}/{file_name}"
     monkeypatch.setattr(catalog, "checkpoint_urls", lambda: {name: url})
     # Stock Detectron2 resizes with Pillow; the same resize shows that the weights are the same.
     monkeypatch.setattr("detectron2.data.transforms.ResizeShortestEdge", OpenCVResizeShortestEdge)
