@@ -137,8 +137,11 @@ def test_own_checkpoints_load_in_stock_detectron2(tmp_path, caplog):
 
 
 class _Malicious:
+    def __init__(self, path):
+        self.path = path
+
     def __reduce__(self):
-        return (os.system, ("touch /tmp/pwned",))
+        return (os.system, (f"touch {self.path}",))
 
 
 @pytest.mark.parametrize(
@@ -166,10 +169,12 @@ def test_truncated_checkpoint_is_named(save):
 
 @pytest.mark.parametrize("zip_format", [True, False])
 def test_code_in_a_checkpoint_is_not_run(save, tmp_path, zip_format):
-    path = save({"state_dict": _Malicious()}, _use_new_zipfile_serialization=zip_format)
+    path = save(
+        {"state_dict": _Malicious(tmp_path / "ran")}, _use_new_zipfile_serialization=zip_format
+    )
     with pytest.raises(UserError, match=r"holds posix.system, which would run code .*refused"):
         load_checkpoint(path)
-    assert not os.path.exists("/tmp/pwned")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_values_that_are_not_finite_are_named(save):

@@ -84,8 +84,8 @@ def test_visualizing_what_is_no_run_is_an_error(tmp_path):
     assert "Traceback" not in run.stderr
 
 
-def test_two_processes_train_as_one(fruits, tmp_path):
-    """Same weights, seeds and total batch; both ranks' images are evaluated."""
+def test_two_processes_train_and_evaluate_every_image(fruits, tmp_path):
+    """Through the launcher, on Gloo; the images of both ranks are evaluated, each once."""
     options, keys = fruits
     keys += ["SOLVER.MAX_ITER", "2", "SOLVER.REFERENCE_WORLD_SIZE", "0", "OUTPUT_DIR", "output"]
     run = train_net("--num-gpus", "2", "--dist-url", "auto", *options, *keys, datasets=tmp_path)
