@@ -1,10 +1,15 @@
 import json
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
 from detectron2.data import MetadataCatalog
 from server import Server
 

@@ -47,6 +47,7 @@ def fold_model(cfg: CfgNode, output_dir: str) -> tuple[str, str]:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.WEIGHTS = weights
+    cfg.MODEL.pop("GNWS", None)
     for node in (cfg.MODEL.BACKBONE, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD):
         node.NAME = _STOCK.get(node.NAME, node.NAME)
     with open(config_file, "w") as f:

@@ -20,6 +20,7 @@ from detectron2.engine import (
 from detectron2.utils import comm
 
 from ..checkpoint import GNWSCheckpointer
+from ..config import add_gnws_config
 from ..data import OpenCVDatasetMapper, register_coco_datasets
 from ..evaluation import COCOEvaluator
 from ..utils.errors import UserError
@@ -88,6 +89,7 @@ def load_config(config_file: str, opts: list[str]) -> CfgNode:
         UserError: for a config file, key or value that Detectron2 does not take.
     """
     cfg = get_cfg()
+    add_gnws_config(cfg)
     try:
         cfg.merge_from_file(config_file, allow_unsafe=False)
     except _CONFIG_ERRORS as e:

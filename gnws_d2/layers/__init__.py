@@ -1,3 +1,12 @@
-from .weight_standardization import WSConv2d, convert_ws_conv, fold_ws_conv, standardize_weight
+from .convert import convert_ws_conv, fold_ws_conv
+from .group_norm import GroupNorm, group_norm
+from .weight_standardization import WSConv2d, standardize_weight
 
-__all__ = ["WSConv2d", "convert_ws_conv", "fold_ws_conv", "standardize_weight"]
+__all__ = [
+    "GroupNorm",
+    "WSConv2d",
+    "convert_ws_conv",
+    "fold_ws_conv",
+    "group_norm",
+    "standardize_weight",
+]

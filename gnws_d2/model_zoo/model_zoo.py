@@ -10,6 +10,8 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from torch import nn
 
+from ..config import add_gnws_config
+
 _DIR = Path(__file__).parent
 
 
@@ -87,6 +89,7 @@ def get_config(name: str, trained: bool = False) -> CfgNode:
         RuntimeError: if there is no such model.
     """
     cfg = get_cfg()
+    add_gnws_config(cfg)
     cfg.merge_from_file(get_config_file(name))
     if trained:
         cfg.MODEL.WEIGHTS = get_checkpoint_url(name)

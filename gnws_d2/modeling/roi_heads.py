@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_BOX_HEAD_REGISTRY, ROI_MASK_HEAD_REGISTRY
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead, MaskRCNNConvUpsampleHead
 
 from ..layers import convert_ws_conv
-from .norm import check_group_norm
+from .keys import check_group_norm, get_kernels
 
 
 @ROI_BOX_HEAD_REGISTRY.register()
@@ -18,14 +18,16 @@ class FastRCNNConvFCGNWSHead(FastRCNNConvFCHead):
     ``MODEL.ROI_BOX_HEAD.*`` keys; UserError if ``MODEL.ROI_BOX_HEAD.NORM`` is not "GN".
     """
 
-    def __init__(self, *args, **kwargs):
+    @configurable
+    def __init__(self, *args, kernels: str = "auto", **kwargs):
+        """`kernels`: see :func:`convert_ws_conv`."""
         super().__init__(*args, **kwargs)
-        convert_ws_conv(self)
+        convert_ws_conv(self, kernels)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         check_group_norm("MODEL.ROI_BOX_HEAD.NORM", cfg.MODEL.ROI_BOX_HEAD.NORM)
-        return super().from_config(cfg, input_shape)
+        return {**super().from_config(cfg, input_shape), "kernels": get_kernels(cfg)}
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
@@ -36,11 +38,13 @@ class MaskRCNNConvUpsampleGNWSHead(MaskRCNNConvUpsampleHead):
     if ``MODEL.ROI_MASK_HEAD.NORM`` is not "GN".
     """
 
-    def __init__(self, *args, **kwargs):
+    @configurable
+    def __init__(self, *args, kernels: str = "auto", **kwargs):
+        """`kernels`: see :func:`convert_ws_conv`."""
         super().__init__(*args, **kwargs)
-        convert_ws_conv(self)
+        convert_ws_conv(self, kernels)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         check_group_norm("MODEL.ROI_MASK_HEAD.NORM", cfg.MODEL.ROI_MASK_HEAD.NORM)
-        return super().from_config(cfg, input_shape)
+        return {**super().from_config(cfg, input_shape), "kernels": get_kernels(cfg)}

@@ -1,14 +1,14 @@
 import copy
+import pickle
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from detectron2.layers import Conv2d, DeformConv, ShapeSpec, get_norm
-from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.layers import Conv2d, get_norm
 from torch import nn
 from torch.nn import functional as F
 
-from gnws_d2.layers import WSConv2d, convert_ws_conv, standardize_weight
+from gnws_d2.layers import GroupNorm, WSConv2d, standardize_weight
 
 SHAPES = [(64, 3, 7, 7), (256, 64, 1, 1), (128, 4, 3, 3), (512, 2048, 1, 1), (8, 1, 3, 3)]
 
@@ -58,7 +58,10 @@ def test_half_precision_weights_have_float32_statistics(dtype):
     weight = (torch.randn(64, 512, 3, 3) * 0.01 + 0.05).to(dtype)
     out = standardize_weight(weight)
     assert out.dtype == dtype
-    torch.testing.assert_close(out, formula(weight).to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
+    step = 2**-24  # of float16 near zero
+    torch.testing.assert_close(
+        out, formula(weight).to(dtype), rtol=torch.finfo(dtype).eps, atol=2 * step
+    )
 
 
 def make_conv(cls=WSConv2d):
@@ -67,8 +70,16 @@ def make_conv(cls=WSConv2d):
         32, 64, 3, stride=2, padding=1, groups=4, bias=False,
         norm=get_norm("GN", 64), activation=nn.ReLU(),
     )  # fmt: skip
+    conv.norm.__class__ = GroupNorm
     nn.init.normal_(conv.norm.weight)
     return conv
+
+
+def expected_output(conv, x):
+    """Of a convolution of :func:`make_conv`, its weight standardized by the formula."""
+    weight = formula(conv.weight).to(conv.weight.dtype)
+    x = F.conv2d(x, weight, stride=2, padding=1, groups=4)
+    return F.group_norm(x, 32, conv.norm.weight, conv.norm.bias).relu()
 
 
 def test_is_a_conv2d_with_standardized_weight():
@@ -117,59 +128,209 @@ def test_deepcopy_is_independent():
     torch.testing.assert_close(conv(x), before)
 
 
-def _ddp_worker(rank, init_file, gradient_file):
+def _ddp_worker(rank, init_file, result_file):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{init_file}", rank=rank, world_size=2
     )
     conv = nn.parallel.DistributedDataParallel(make_conv())
     torch.manual_seed(1)
-    conv(torch.randn(4, 32, 9, 9)[rank * 2 : rank * 2 + 2]).sum().backward()
+    x = torch.randn(4, 32, 9, 9)
+    conv.eval()
+    with torch.no_grad():
+        conv(x)
+    conv(x[rank * 2 : rank * 2 + 2]).sum().backward()
+    torch.optim.SGD(conv.parameters(), lr=1).step()
     if rank == 0:
-        torch.save([p.grad for p in conv.parameters()], gradient_file)
+        with torch.no_grad():
+            torch.save(([p.grad for p in conv.parameters()], conv(x)), result_file)
     torch.distributed.destroy_process_group()
 
 
-def test_ddp_averages_gradients(tmp_path):
-    mp.spawn(_ddp_worker, (tmp_path / "init", tmp_path / "gradients.pth"), nprocs=2)
+def test_ddp_averages_gradients_and_sees_the_steps(tmp_path):
+    mp.spawn(_ddp_worker, (tmp_path / "init", tmp_path / "result.pth"), nprocs=2)
+    grads, out = torch.load(tmp_path / "result.pth")
     conv = make_conv()
     torch.manual_seed(1)
-    (conv(torch.randn(4, 32, 9, 9)).sum() / 2).backward()
-    for grad, p in zip(torch.load(tmp_path / "gradients.pth"), conv.parameters()):
+    x = torch.randn(4, 32, 9, 9)
+    (conv(x).sum() / 2).backward()
+    for grad, p in zip(grads, conv.parameters()):
         torch.testing.assert_close(grad, p.grad, rtol=1e-4, atol=1e-4)
+    torch.optim.SGD(conv.parameters(), lr=1).step()
+    torch.testing.assert_close(out, expected_output(conv, x), rtol=1e-4, atol=1e-4)
 
 
-def test_convert_leaves_convolutions_without_norm_and_deformable_ones():
-    model = nn.Sequential(
-        Conv2d(32, 32, 3),
-        nn.Conv2d(32, 32, 3),
-        nn.ReLU(),
-        DeformConv(32, 32, 3, norm=get_norm("GN", 32)),
-        Conv2d(32, 32, 3, norm=get_norm("FrozenBN", 32)),
-        Conv2d(32, 32, 3, norm=get_norm(lambda channels: nn.InstanceNorm2d(channels), 32)),
-    )
-    types = [type(m) for m in model]
-    assert convert_ws_conv(model) is model
-    assert [type(m) for m in model] == [*types[:-1], WSConv2d]
+def test_float32_gradients_are_exact_to_1e6():
+    torch.manual_seed(0)
+    for shape in SHAPES:
+        weight = (torch.randn(shape) * 0.05).requires_grad_()
+        grad_output = torch.randn(shape)
+        (grad,) = torch.autograd.grad(standardize_weight(weight), weight, grad_output)
+        double = weight.detach().double().requires_grad_()
+        (expected,) = torch.autograd.grad(formula(double), double, grad_output.double())
+        assert (grad - expected).norm() <= 1e-6 * expected.norm()
 
 
-def test_convert_warns_where_there_is_nothing_to_convert(caplog):
-    """As in Detectron2's configs with frozen BatchNorm."""
-    convert_ws_conv(nn.Sequential(Conv2d(32, 32, 3, norm=get_norm("FrozenBN", 32))))
-    assert '"GN" in the NORM keys' in caplog.text
+@pytest.mark.parametrize("autocast", [False, True])
+def test_backward_keeps_one_copy_of_the_standardized_weight(autocast):
+    """Shared with the convolution, half as large in autocast; besides it, the std of each filter"""
+    conv = make_conv()
+    conv.norm = conv.activation = None
+    x = torch.randn(2, 32, 9, 9)
+    kept = {}
+    with (
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+        ),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        out = conv(x)
+    large = [t for t in kept.values() if t.numel() > conv.out_channels and t.shape != x.shape]
+    assert [t.shape for t in large] == [conv.weight.shape]
+    assert large[0].data_ptr() != conv.weight.data_ptr()
+    assert large[0].dtype == (torch.bfloat16 if autocast else torch.float32)
+    out.sum().backward()
+    assert conv.weight.grad.dtype == torch.float32
 
 
-def test_convert_reaches_the_convolutions_of_retinanets_head():
-    """They are plain nn.Conv2d followed by a norm in an nn.Sequential."""
-    head = RetinaNetHead(
-        input_shape=[ShapeSpec(channels=32, stride=8)], num_classes=2, num_anchors=1,
-        conv_dims=[32, 32], norm="GN",
-    )  # fmt: skip
-    names = list(head.state_dict())
-    convert_ws_conv(head)
-    assert [type(m) for m in head.bbox_subnet] == [WSConv2d, nn.GroupNorm, nn.ReLU] * 2
-    assert type(head.cls_score) is nn.Conv2d
-    assert list(head.state_dict()) == names
-    conv, x = head.bbox_subnet[0], torch.randn(1, 32, 8, 8)
-    torch.testing.assert_close(
-        conv(x), F.conv2d(x, formula(conv.weight).float(), conv.bias, padding=1)
-    )
+def replace_data(conv):
+    conv.weight.data = torch.randn_like(conv.weight)
+
+
+def replace_parameter(conv):
+    conv.weight = nn.Parameter(torch.randn_like(conv.weight))
+
+
+def write_through_data_then_eval(conv):
+    conv.train()
+    conv.weight.data.normal_()
+    conv.eval()
+
+
+def refresh_after_write_through_data(conv):
+    conv.weight.data.normal_()
+    conv.eval()
+
+
+def edit_in_inference_mode(conv):
+    with torch.inference_mode():
+        conv.weight.normal_()
+
+
+def load_other_weights(conv):
+    state = {k: torch.randn_like(v) for k, v in conv.state_dict().items()}
+    conv.load_state_dict(state)
+
+
+def step(conv, make_optimizer):
+    conv(torch.randn(2, 32, 9, 9)).square().sum().backward()
+    make_optimizer(conv.parameters()).step()
+
+
+class WritesThroughData(torch.optim.Optimizer):
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            p.data.sub_(p.grad)
+
+
+def train_and_eval(conv):
+    conv.train()
+    step(conv, lambda p: torch.optim.SGD(p, lr=1))
+    conv.eval()
+
+
+CHANGES = {
+    "in-place edit": lambda conv: nn.init.normal_(conv.weight),
+    "edit in inference mode": edit_in_inference_mode,
+    "load_state_dict": load_other_weights,
+    "SGD": lambda conv: step(conv, lambda p: torch.optim.SGD(p, lr=1)),
+    "SGD, foreach": lambda conv: step(conv, lambda p: torch.optim.SGD(p, lr=1, foreach=True)),
+    "Adam, fused": lambda conv: step(conv, lambda p: torch.optim.Adam(p, lr=1, fused=True)),
+    "an optimizer that writes through .data": lambda conv: step(conv, WritesThroughData),
+    "training and evaluation": train_and_eval,
+    ".data written, then eval()": write_through_data_then_eval,
+    ".data written while evaluating, then eval()": refresh_after_write_through_data,
+    ".data replaced": replace_data,
+    "parameter replaced": replace_parameter,
+    "double()": lambda conv: conv.double(),
+    "half() and back": lambda conv: conv.half().float(),
+}
+
+
+@pytest.mark.parametrize("inference_mode", [False, True], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_evaluation_sees_every_change_of_the_weight(change, inference_mode):
+    conv, x = make_conv().eval(), torch.randn(2, 32, 9, 9)
+    context = torch.inference_mode if inference_mode else torch.no_grad
+    with context():
+        before = conv(x)
+        torch.testing.assert_close(conv(x), before, rtol=0, atol=0)
+    change(conv)
+    x = x.to(conv.weight.dtype)
+    with context():
+        out = conv(x)
+    torch.testing.assert_close(out, expected_output(conv, x), rtol=1e-4, atol=1e-4)
+    assert (out - before).abs().max() > 0
+
+
+def test_evaluation_standardizes_once():
+    conv, x = make_conv().eval(), torch.randn(2, 32, 9, 9)
+    with torch.no_grad():
+        conv(x)
+        assert conv.standardized_weight() is conv.standardized_weight()
+    clone, unpickled = copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))
+    assert clone._standardized is None and unpickled._standardized is None
+    nn.init.normal_(clone.weight)
+    with torch.no_grad():
+        torch.testing.assert_close(clone(x), expected_output(clone, x))
+        torch.testing.assert_close(unpickled(x), conv(x))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_evaluation_follows_the_weight_to_a_gpu_and_back():
+    conv, x = make_conv().eval(), torch.randn(2, 32, 9, 9)
+    with torch.no_grad():
+        for device in ("cpu", "cuda", "cpu"):
+            nn.init.normal_(conv.weight)
+            out = conv.to(device)(x.to(device))
+            torch.testing.assert_close(
+                out, expected_output(conv, x.to(device)), rtol=1e-3, atol=1e-3
+            )
+
+
+def test_training_mode_without_gradients_standardizes_anew():
+    conv, x = make_conv(), torch.randn(2, 32, 9, 9)
+    with torch.no_grad():
+        conv(x)
+        conv.weight.data.normal_()
+        torch.testing.assert_close(conv(x), expected_output(conv, x))
+
+
+def test_evaluation_with_gradients_has_gradients():
+    conv, x = make_conv().eval(), torch.randn(2, 32, 9, 9)
+    with torch.inference_mode():
+        conv(x)
+    conv(x).sum().backward()
+    assert conv.weight.grad.abs().max() > 0
+
+
+def test_autocast_and_float32_evaluation_do_not_mix():
+    conv, x = make_conv().eval(), torch.randn(2, 32, 9, 9)
+    with torch.no_grad():
+        for enabled in (True, False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                out = conv(x)
+            assert out.dtype == (torch.bfloat16 if enabled else torch.float32)
+            tolerance = 0.05 if enabled else 1e-5
+            torch.testing.assert_close(
+                out.float(), expected_output(conv, x), rtol=tolerance, atol=tolerance
+            )
+
+
+def test_reference_gives_the_same():
+    conv, x = make_conv(), torch.randn(2, 32, 9, 9)
+    out = conv(x)
+    conv.kernels = "reference"
+    torch.testing.assert_close(conv(x), out)

@@ -1,0 +1,88 @@
+"""Weight standardization as two Triton kernels, of one program for each filter."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_MAX_SIZE = 16384  # values of a filter, which one program holds in registers
+
+
+@triton.jit
+def _standardize_kernel(weight_ptr, out_ptr, std_ptr, size, correction, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    mask = i < size
+    w = tl.load(weight_ptr + row * size + i, mask=mask, other=0.0).to(tl.float32)
+    # A large common offset would eat the digits of the mean.
+    w = tl.where(mask, w - tl.load(weight_ptr + row * size).to(tl.float32), 0.0)
+    w = tl.where(mask, w - tl.sum(w, 0) / size, 0.0)
+    std = tl.sqrt(tl.sum(w * w, 0) / (size - correction))
+    tl.store(out_ptr + row * size + i, (w / (std + eps)).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(std_ptr + row, std)
+
+
+@triton.jit
+def _grad_kernel(grad_ptr, out_ptr, std_ptr, grad_weight_ptr, size, correction, eps,
+                 BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    mask = i < size
+    grad = tl.load(grad_ptr + row * size + i, mask=mask, other=0.0).to(tl.float32)
+    out = tl.load(out_ptr + row * size + i, mask=mask, other=0.0).to(tl.float32)
+    std = tl.load(std_ptr + row)
+    through_std = tl.sum(grad * out, 0) / (size - correction) * (std + eps)
+    through_std = through_std / tl.maximum(std, 1e-30)
+    grad = (grad - tl.sum(grad, 0) / size - out * through_std) / (std + eps)
+    grad = grad.to(grad_weight_ptr.dtype.element_ty)
+    tl.store(grad_weight_ptr + row * size + i, grad, mask=mask)
+
+
+def reason_not(weight: Tensor) -> str:
+    """
+    Returns:
+        Why the kernels do not take `weight`; empty if they do.
+    """
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"no weight standardization kernel for {weight.dtype}"
+    if weight[0].numel() > _MAX_SIZE:
+        return f"no weight standardization kernel for filters of over {_MAX_SIZE} values"
+    return ""
+
+
+def _launch(weight: Tensor) -> tuple[int, int, dict[str, int]]:
+    size = weight[0].numel()
+    block = triton.next_power_of_2(size)
+    return size, min(1, size - 1), {"BLOCK": block, "num_warps": min(8, max(1, block // 256))}
+
+
+def standardize(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """
+    Returns:
+        The standardized weight, contiguous, of type `dtype`, and the (C_out, 1) float32 std.
+    """
+    size, correction, options = _launch(weight)
+    weight = weight.contiguous()
+    out = torch.empty_like(weight, dtype=dtype)
+    std = weight.new_empty((len(weight), 1), dtype=torch.float32)
+    _standardize_kernel[(len(weight),)](weight, out, std, size, correction, eps, **options)
+    return out, std
+
+
+def standardize_backward(
+    grad: Tensor, out: Tensor, std: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """
+    Args:
+        grad: the gradient of `out`.
+        out, std: of :func:`standardize`.
+
+    Returns:
+        The gradient of the weight, of type `dtype`.
+    """
+    size, correction, options = _launch(out)
+    grad_weight = torch.empty_like(out, dtype=dtype)
+    _grad_kernel[(len(out),)](
+        grad.contiguous(), out, std, grad_weight, size, correction, eps, **options
+    )
+    return grad_weight

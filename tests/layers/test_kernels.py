@@ -1,0 +1,106 @@
+"""
+The Triton kernels against the formulas in float64: on the GPU where there is one, otherwise under
+Triton's interpreter (conftest.py), which runs the same code on the CPU.
+"""
+
+import pytest
+import torch
+from test_weight_standardization import formula
+from torch.nn import functional as F
+
+from gnws_d2.layers.kernels import group_norm as gn
+from gnws_d2.layers.kernels import weight_standardization as ws
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# One tile of several groups, one of a whole group, groups in several tiles; one channel in a group.
+SHAPES = [
+    pytest.param((3, 64, 7, 7), 32, id="small"),
+    pytest.param((2, 16, 37, 41), 2, id="whole"),
+    pytest.param((2, 16, 93, 61), 4, id="split"),
+    pytest.param((1, 4, 150, 129), 4, id="split, one channel"),
+]
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def error(actual, expected):
+    """Relative to the largest value, so that half precision has its own rounding alone."""
+    return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape, groups", SHAPES)
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
+def test_group_norm_forward_and_backward(dtype, shape, groups, residual, relu):
+    torch.manual_seed(0)
+    # A mean that is large beside the std, as cancellation would show in the variance.
+    x = (torch.randn(shape, device=DEVICE) + 3).to(dtype)
+    weight = torch.randn(shape[1], device=DEVICE)
+    bias = torch.randn(shape[1], device=DEVICE)
+    inputs = [x, weight, bias] + ([torch.randn(shape, device=DEVICE).to(dtype)] if residual else [])
+    grad = torch.randn(shape, device=DEVICE).to(dtype)
+
+    doubles = [t.double().requires_grad_() for t in inputs]
+    expected = F.group_norm(doubles[0], groups, doubles[1], doubles[2], 1e-5)
+    expected = sum(doubles[3:], expected)
+    # Where rounding decides the sign, the gradient is anything.
+    grad[expected.abs() < 0.02] = 0
+    expected = expected.relu() if relu else expected
+    expected_grads = torch.autograd.grad(expected, doubles, grad.double())
+
+    leaves = [t.requires_grad_() for t in inputs]
+    x, weight, bias, *rest = leaves
+    y = gn.GroupNormFunction.apply(x, weight, bias, groups, 1e-5, *(rest or [None]), relu)
+    assert y.dtype == dtype
+    assert error(y, expected) < TOLERANCE[dtype]
+    for actual, expected, leaf in zip(torch.autograd.grad(y, leaves, grad), expected_grads, leaves):
+        assert actual.dtype == leaf.dtype
+        assert error(actual, expected) < 3 * TOLERANCE[dtype]
+
+
+def test_group_norm_takes_channels_last():
+    torch.manual_seed(0)
+    x = torch.randn(2, 64, 9, 5, device=DEVICE)
+    weight, bias = torch.randn(2, 64, device=DEVICE)
+    y = gn.GroupNormFunction.apply(
+        x.to(memory_format=torch.channels_last), weight, bias, 32, 1e-5, None, False
+    )
+    expected = F.group_norm(x.double(), 32, weight.double(), bias.double())
+    assert error(y, expected) < 1e-6
+
+
+def test_what_group_norm_does_not_take():
+    assert gn.reason_not(torch.zeros(1, 64, 4, 4), 32) == ""
+    assert "groups of 3 channels" in gn.reason_not(torch.zeros(1, 96, 4, 4), 32)
+    assert "float64" in gn.reason_not(torch.zeros(1, 64, 4, 4, dtype=torch.float64), 32)
+    assert gn.reason_not(torch.zeros(0, 64, 4, 4), 32)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(6, 3, 7, 7), (5, 64, 1, 1), (3, 512, 3, 3), (2, 1, 1, 1)], ids=str
+)
+@pytest.mark.parametrize("offset", [0, 10])
+def test_weight_standardization_forward_and_backward(dtype, shape, offset):
+    torch.manual_seed(0)
+    weight = torch.randn(shape, device=DEVICE) + offset
+    grad = torch.randn(shape, device=DEVICE).to(dtype)
+    out, std = ws.standardize(weight, 1e-5, dtype)
+    grad_weight = ws.standardize_backward(grad, out, std, 1e-5, torch.float32)
+    assert (out.dtype, grad_weight.dtype) == (dtype, torch.float32)
+    if weight[0].numel() == 1:
+        assert out.abs().max() == 0 and grad_weight.abs().max() == 0
+        return
+    double = weight.double().requires_grad_()
+    expected = formula(double)
+    (expected_grad,) = torch.autograd.grad(expected, double, grad.double())
+    assert error(out, expected) < 3 * TOLERANCE[dtype]
+    assert error(grad_weight, expected_grad) < 3 * TOLERANCE[dtype]
+
+
+def test_filter_of_equal_values_gives_zeros_and_finite_gradients():
+    out, std = ws.standardize(torch.full((2, 64, 3, 3), 0.1, device=DEVICE), 1e-5, torch.float32)
+    grad = ws.standardize_backward(torch.randn_like(out), out, std, 1e-5, torch.float32)
+    assert out.abs().max() == 0
+    assert grad.isfinite().all()
