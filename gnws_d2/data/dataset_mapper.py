@@ -6,6 +6,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pycocotools.mask as mask_util
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
@@ -92,6 +93,8 @@ class OpenCVDatasetMapper(DatasetMapper):
         Raises:
             UserError: see :func:`read_image`; or if the size is not the one in the dataset.
         """
+        if torch.utils.data.get_worker_info() is not None:
+            cv2.setNumThreads(1)  # the workers are the threads
         dataset_dict = copy.deepcopy(dataset_dict)  # it will be modified by code below
         image = read_image(dataset_dict["file_name"], self.image_format)
         try:
@@ -102,10 +105,45 @@ class OpenCVDatasetMapper(DatasetMapper):
         aug_input = T.AugInput(image)
         transforms = self.augmentations(aug_input)
         image = aug_input.image
-        dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        planes = np.empty((3, *image.shape[:2]), np.uint8)
+        cv2.split(image, list(planes))
+        dataset_dict["image"] = torch.from_numpy(planes)
 
         if not self.is_train:
             dataset_dict.pop("annotations", None)
         elif "annotations" in dataset_dict:
             self._transform_annotations(dataset_dict, transforms, image.shape[:2])
         return dataset_dict
+
+    def _transform_annotations(
+        self, dataset_dict: dict[str, Any], transforms: T.Transform, image_shape: tuple[int, int]
+    ) -> None:
+        if not self.use_instance_mask or self.instance_mask_format != "bitmask":
+            return super()._transform_annotations(dataset_dict, transforms, image_shape)
+        # The same masks; NumPy's and PyTorch's transposition and any() take longer than all else.
+        annotations = dataset_dict.pop("annotations")
+        for annotation in annotations:
+            if not self.use_keypoint:
+                annotation.pop("keypoints", None)
+        annotations = [
+            utils.transform_instance_annotations(
+                annotation,
+                transforms,
+                image_shape,
+                keypoint_hflip_indices=self.keypoint_hflip_indices,
+            )
+            for annotation in annotations
+            if annotation.get("iscrowd", 0) == 0
+        ]
+        for annotation in annotations:
+            polygons = annotation.get("segmentation")
+            if isinstance(polygons, list) and polygons:
+                rle = mask_util.merge(mask_util.frPyObjects(polygons, *image_shape))
+                annotation["segmentation"] = cv2.transpose(mask_util.decode(rle).T).view(bool)
+        instances = utils.annotations_to_instances(annotations, image_shape, "bitmask")
+        if self.recompute_boxes:
+            instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+        keep = instances.gt_boxes.nonempty(threshold=1e-5)
+        if instances.has("gt_masks"):
+            keep &= torch.tensor([mask.any() for mask in instances.gt_masks.tensor.numpy()])
+        dataset_dict["instances"] = instances if keep.all() else instances[keep]

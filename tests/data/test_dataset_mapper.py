@@ -90,6 +90,36 @@ def test_boxes_and_masks_line_up_with_the_image(records, tmp_path, flip, rle):
     assert flipped == ({False} if flip == "none" else {True, False})
 
 
+@pytest.mark.parametrize("flip", ["none", "horizontal"])
+@pytest.mark.parametrize("rle", [False, True], ids=["polygons", "rle"])
+def test_instances_are_those_of_detectron2s_mapper(records, flip, rle, monkeypatch):
+    """Bit for bit, crowds and empty masks left out as there."""
+    mapper = OpenCVDatasetMapper(get_config(450, flip), True)
+    records = [record for record in records if len(record["annotations"]) > 3]
+    for record in records:
+        first, second, third = record["annotations"][:3]
+        first["iscrowd"] = 1
+        second["segmentation"] = [[1.0, 1.0, 1.2, 1.0, 1.2, 1.2]]  # no pixel
+        third["bbox"] = [5, 5, 0, 0]
+        if rle:
+            for annotation in record["annotations"]:
+                size = record["height"], record["width"]
+                mask = polygons_to_bitmask(annotation["segmentation"], *size)
+                annotation["segmentation"] = mask_util.encode(np.asfortranarray(mask, np.uint8))
+
+    def mapped():
+        np.random.seed(0)
+        return [mapper(record)["instances"] for record in records]
+
+    ours = mapped()
+    monkeypatch.delattr(OpenCVDatasetMapper, "_transform_annotations")
+    for actual, expected, record in zip(ours, mapped(), records):
+        assert len(actual) == len(record["annotations"]) - 3
+        assert torch.equal(actual.gt_boxes.tensor, expected.gt_boxes.tensor)
+        assert torch.equal(actual.gt_classes, expected.gt_classes)
+        assert torch.equal(actual.gt_masks.tensor, expected.gt_masks.tensor)
+
+
 @pytest.mark.parametrize("fault", ["missing", "empty", "truncated", "no image", "another size"])
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
 def test_faulty_image_is_an_error_that_names_it(records, tmp_path, fault, suffix):
