@@ -77,7 +77,13 @@ def test_commands_and_python_run_in_order(checkout):
         if "train_net.py" in words:
             # There is no network to get the ImageNet weights from.
             words += SMALL + ([] if "MODEL.WEIGHTS" in words else ["MODEL.WEIGHTS", ""])
+        if "tools/benchmark.py" in words:
+            words[3:3] = ["--turns", "1", "--image-size", "64", "64"]
+            words += SMALL if "--opts" in words else ["--opts", *SMALL]
         run(words, checkout, status=1 if "tools/reproduce_table.py" in words else 0)
+    for work in ("ops", "inference", "train", "dataloader"):
+        for suffix in (".md", ".json", ".png"):
+            assert (checkout / "output" / "benchmark" / f"{work}{suffix}").stat().st_size > 0
     for code in code_blocks("python"):
         run([sys.executable, "-c", code], checkout)
 

@@ -9,7 +9,7 @@ from ..layers import fold_ws_conv
 from .checkpointer import GNWSCheckpointer, save_checkpoint
 
 # Our registered names, and Detectron2's for the same without weight standardization.
-_STOCK = {
+STOCK_NAMES = {
     "build_resnet_gnws_backbone": "build_resnet_backbone",
     "build_resnet_gnws_fpn_backbone": "build_resnet_fpn_backbone",
     "FastRCNNConvFCGNWSHead": "FastRCNNConvFCHead",
@@ -49,7 +49,7 @@ def fold_model(cfg: CfgNode, output_dir: str) -> tuple[str, str]:
     cfg.MODEL.WEIGHTS = weights
     cfg.MODEL.pop("GNWS", None)
     for node in (cfg.MODEL.BACKBONE, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD):
-        node.NAME = _STOCK.get(node.NAME, node.NAME)
+        node.NAME = STOCK_NAMES.get(node.NAME, node.NAME)
     with open(config_file, "w") as f:
         f.write(cfg.dump())
     return config_file, weights

@@ -1,4 +1,5 @@
-from .convert import convert_ws_conv, fold_ws_conv
+from .conversion import convert_ws_conv, fold_ws_conv
+from .fuse import fuse_layers
 from .group_norm import GroupNorm, group_norm
 from .weight_standardization import WSConv2d, standardize_weight
 
@@ -7,6 +8,7 @@ __all__ = [
     "WSConv2d",
     "convert_ws_conv",
     "fold_ws_conv",
+    "fuse_layers",
     "group_norm",
     "standardize_weight",
 ]

@@ -6,9 +6,16 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_BOX_HEAD_REGISTRY, ROI_MASK_HEAD_REGISTRY
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead, MaskRCNNConvUpsampleHead
+from torch import nn
 
-from ..layers import convert_ws_conv
+from ..layers import WSConv2d, convert_ws_conv
 from .keys import check_group_norm, get_kernels
+
+
+def _convert(head: nn.Module, kernels: str) -> None:
+    for m in convert_ws_conv(head, kernels).modules():
+        if isinstance(m, WSConv2d):
+            m.channels_last = True
 
 
 @ROI_BOX_HEAD_REGISTRY.register()
@@ -22,7 +29,7 @@ class FastRCNNConvFCGNWSHead(FastRCNNConvFCHead):
     def __init__(self, *args, kernels: str = "auto", **kwargs):
         """`kernels`: see :func:`convert_ws_conv`."""
         super().__init__(*args, **kwargs)
-        convert_ws_conv(self, kernels)
+        _convert(self, kernels)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
@@ -42,7 +49,7 @@ class MaskRCNNConvUpsampleGNWSHead(MaskRCNNConvUpsampleHead):
     def __init__(self, *args, kernels: str = "auto", **kwargs):
         """`kernels`: see :func:`convert_ws_conv`."""
         super().__init__(*args, **kwargs)
-        convert_ws_conv(self, kernels)
+        _convert(self, kernels)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:

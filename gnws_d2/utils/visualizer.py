@@ -97,3 +97,27 @@ def plot_losses(metrics_json: str, output: str) -> None:
     handles = [h for a in (ax, lr) for h in a.get_legend_handles_labels()[0]]
     ax.legend(handles=handles)
     fig.savefig(output, dpi=120)
+
+
+def plot_bars(seconds: dict[str, list[float]], title: str, output: str) -> None:
+    """
+    Plot the median of some times as horizontal bars, with a line from the least to the largest.
+
+    Args:
+        seconds: the times of each bar, by its name.
+        output: path of the picture to write.
+    """
+    names = list(seconds)
+    medians = np.array([np.median(seconds[name]) for name in names])
+    spread = [[min(seconds[name]), max(seconds[name])] for name in names]
+    errors = np.abs(np.array(spread).T - medians)
+
+    fig = Figure(figsize=(9, 1.2 + 0.4 * len(names)), layout="constrained")
+    ax = fig.subplots()
+    bars = ax.barh(names, medians, xerr=errors, color="tab:blue", ecolor="0.3", capsize=3)
+    # Inside the bars, where the lines of the spread do not cross them.
+    ax.bar_label(bars, [f" {m:.3g} s" for m in medians], label_type="center", color="white")
+    ax.invert_yaxis()
+    ax.set(xlabel="seconds, median and min - max", title=title)
+    ax.grid(axis="x", alpha=0.3)
+    fig.savefig(output, dpi=120)

@@ -3,6 +3,10 @@ The Triton kernels against the formulas in float64: on the GPU where there is on
 Triton's interpreter (conftest.py), which runs the same code on the CPU.
 """
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from test_weight_standardization import formula
@@ -104,3 +108,48 @@ def test_filter_of_equal_values_gives_zeros_and_finite_gradients():
     grad = ws.standardize_backward(torch.randn_like(out), out, std, 1e-5, torch.float32)
     assert out.abs().max() == 0
     assert grad.isfinite().all()
+
+
+COMPILE = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from gnws_d2.layers.kernels import group_norm as gn
+from gnws_d2.layers.kernels import weight_standardization as ws
+
+def compile_for(capability, kernel, **constants):
+    signature = {}
+    for name in kernel.arg_names:
+        half = name in ("x_ptr", "residual_ptr", "y_ptr", "grad_y_ptr", "grad_x_ptr", "out_ptr")
+        pointer = "*fp16" if half else "*fp32"
+        number = "fp32" if name == "eps" else "i32"
+        signature[name] = pointer if name.endswith("_ptr") else number
+        if name in constants:
+            signature[name] = "constexpr"
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, values)
+    print(kernel.__name__, len(compile(source, GPUTarget("cuda", capability, 32)).asm["cubin"]))
+
+for capability in (80, 90):
+    for splits, block_p in ((1, 64), (64, 1024)):
+        block = dict(BLOCK_C=16, BLOCK_P=block_p)
+        fused = dict(RESIDUAL=True, RELU=True)
+        group = dict(D=8, SPLITS=splits)
+        compile_for(capability, gn._moments_kernel, **block)
+        compile_for(capability, gn._normalize_kernel, **block, **fused, **group)
+        compile_for(capability, gn._grad_sums_kernel, **block, **fused)
+        compile_for(capability, gn._grad_input_kernel, **block, **fused, **group)
+    compile_for(capability, ws._standardize_kernel, BLOCK=1024)
+    compile_for(capability, ws._grad_kernel, BLOCK=1024)
+"""
+
+
+def test_kernels_compile_for_gpus(tmp_path):
+    """The interpreter takes what the compiler does not; the compiler needs no GPU."""
+    environ = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environ.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) == 20

@@ -1,15 +1,20 @@
 import copy
 
+import cv2
+import detectron2.modeling
 import pytest
 import torch
+from conftest import mmdet_state
 from detectron2 import model_zoo as d2_model_zoo
+from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, build_model
+from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from gnws_d2 import model_zoo
+from gnws_d2 import Predictor, model_zoo
 from gnws_d2.layers import WSConv2d, convert_ws_conv, standardize_weight
+from gnws_d2.modeling import build_model
 from gnws_d2.utils.errors import UserError
 
 
@@ -41,6 +46,49 @@ def train_step(model, batch):
         losses = model(copy.deepcopy(batch))
     sum(losses.values()).backward()
     return losses
+
+
+def test_detections_do_not_depend_on_the_kernels(photographs, tmp_path):
+    """In evaluation: kept weights, fused layers, channels-last heads, ROIAlign in threads."""
+    torch.save({"state_dict": mmdet_state("mask_rcnn_R50_gnws_2x")}, tmp_path / "mmdet.pth")
+    image = cv2.imread(str(photographs.images / "0.jpg"))
+    detections = []
+    for kernels in ("auto", "reference"):
+        cfg = get_config()
+        cfg.MODEL.WEIGHTS = str(tmp_path / "mmdet.pth")
+        cfg.MODEL.GNWS.KERNELS = kernels
+        cfg.INPUT.MIN_SIZE_TEST = 200
+        predictor = Predictor(cfg)
+        fused = [type(m).__name__ for m in predictor.model.modules()]
+        assert ("ThreadedROIAlign" in fused) == (kernels == "auto")
+        detections.append(predictor(image)["instances"])
+    a, b = detections
+    assert len(a) == len(b) > 10
+    torch.testing.assert_close(a.scores, b.scores, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor, rtol=1e-4, atol=1e-2)
+    assert torch.equal(a.pred_classes, b.pred_classes)
+
+
+def test_unknown_kernels_are_refused():
+    cfg = get_config()
+    cfg.MODEL.GNWS.KERNELS = "fast"
+    with pytest.raises(UserError, match='KERNELS is "fast": set it to "auto" or "reference"'):
+        build_model(cfg)
+
+
+def test_stock_config_without_our_keys_builds():
+    cfg = get_cfg()
+    cfg.merge_from_file(model_zoo.get_config_file("faster_rcnn_R50_gnws_1x"))
+    cfg.MODEL.DEVICE = "cpu"
+    assert "GNWS" not in cfg.MODEL
+    assert any(isinstance(m, WSConv2d) for m in detectron2.modeling.build_model(cfg).modules())
+
+
+def test_autocast_keeps_the_features_in_half_precision():
+    model = build_model(get_config())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features = model.backbone(torch.randn(1, 3, 64, 64))
+    assert {f.dtype for f in features.values()} == {torch.bfloat16}
 
 
 def test_standardized_convolutions_are_those_with_a_norm():

@@ -6,11 +6,9 @@ from itertools import pairwise
 import torch
 from detectron2.layers import Conv2d, CycleBatchNormList, FrozenBatchNorm2d
 from detectron2.layers.batch_norm import LayerNorm
-from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from .group_norm import GroupNorm
+from .fuse import fuse_layers, unfuse_layers
 from .weight_standardization import WSConv2d, standardize_weight
 
 _NORM_LAYERS = (
@@ -20,46 +18,6 @@ _NORM_LAYERS = (
     CycleBatchNormList,
     LayerNorm,
 )
-
-
-def _conv_norm_relu(conv: WSConv2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    return conv.norm(conv.convolve(x), residual, relu=True)
-
-
-class GNWSBasicStem(BasicStem):
-    """:class:`BasicStem` with the norm and the ReLU in one operation."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C_out, H / 4, W / 4)"""
-        x = _conv_norm_relu(self.conv1, x)
-        return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
-
-
-class GNWSBasicBlock(BasicBlock):
-    """:class:`BasicBlock` with each norm, its residual and its ReLU in one operation."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C_out, H / stride, W / stride)"""
-        shortcut = x if self.shortcut is None else self.shortcut(x)
-        return _conv_norm_relu(self.conv2, _conv_norm_relu(self.conv1, x), shortcut)
-
-
-class GNWSBottleneckBlock(BottleneckBlock):
-    """:class:`BottleneckBlock` with each norm, its residual and its ReLU in one operation."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C_out, H / stride, W / stride)"""
-        shortcut = x if self.shortcut is None else self.shortcut(x)
-        out = _conv_norm_relu(self.conv2, _conv_norm_relu(self.conv1, x))
-        return _conv_norm_relu(self.conv3, out, shortcut)
-
-
-_FUSED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.GroupNorm: GroupNorm,
-    BasicStem: GNWSBasicStem,
-    BasicBlock: GNWSBasicBlock,
-    BottleneckBlock: GNWSBottleneckBlock,
-}
 
 
 def convert_ws_conv(module: nn.Module, kernels: str = "auto") -> nn.Module:
@@ -94,23 +52,14 @@ def convert_ws_conv(module: nn.Module, kernels: str = "auto") -> nn.Module:
     for m in module.modules():
         if isinstance(m, WSConv2d):
             m.kernels = kernels
-        elif kernels == "auto" and type(m) in _FUSED and _is_group_normalized(m):
-            m.__class__ = _FUSED[type(m)]
+    if kernels == "auto":
+        fuse_layers(module)
     if not any(isinstance(m, WSConv2d) for m in module.modules()):
         logging.getLogger(__name__).warning(
             f"{type(module).__name__} has no convolution followed by a norm, and stays as it is: "
             'build it with "GN" in the NORM keys of its config.'
         )
     return module
-
-
-def _is_group_normalized(module: nn.Module) -> bool:
-    """Whether every convolution in `module` is standardized and followed by a GroupNorm."""
-    return all(
-        isinstance(m, WSConv2d) and isinstance(m.norm, nn.GroupNorm)
-        for m in module.modules()
-        if isinstance(m, nn.Conv2d)
-    )
 
 
 @torch.no_grad()
@@ -123,9 +72,9 @@ def fold_ws_conv(module: nn.Module) -> nn.Module:
     Returns:
         `module`
     """
-    stock = {fused: plain for plain, fused in _FUSED.items()} | {WSConv2d: Conv2d}
+    unfuse_layers(module)
     for m in module.modules():
         if isinstance(m, WSConv2d):
             m.weight.copy_(standardize_weight(m.weight))
-        m.__class__ = stock.get(type(m), type(m))
+            m.__class__ = Conv2d
     return module

@@ -1,10 +1,10 @@
 import copy
 
-import pytest
 import torch
 from detectron2.layers import Conv2d, DeformConv, ShapeSpec, get_norm
-from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
+from detectron2.modeling.backbone.resnet import BottleneckBlock
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from test_fuse import BLOCKS
 from test_weight_standardization import formula
 from torch import nn
 from torch.nn import functional as F
@@ -34,6 +34,7 @@ def test_convert_warns_where_there_is_nothing_to_convert(caplog):
 
 def test_convert_reaches_the_convolutions_of_retinanets_head():
     """They are plain nn.Conv2d followed by a norm in an nn.Sequential."""
+    torch.manual_seed(0)
     head = RetinaNetHead(
         input_shape=[ShapeSpec(channels=32, stride=8)], num_classes=2, num_anchors=1,
         conv_dims=[32, 32], norm="GN",
@@ -45,45 +46,9 @@ def test_convert_reaches_the_convolutions_of_retinanets_head():
     assert list(head.state_dict()) == names
     conv, x = head.bbox_subnet[0], torch.randn(1, 32, 8, 8)
     torch.testing.assert_close(
-        conv(x), F.conv2d(x, formula(conv.weight).float(), conv.bias, padding=1)
-    )
-
-
-BLOCKS = {
-    "stem": (lambda norm: BasicStem(3, 32, norm), 3),
-    "basic": (lambda norm: BasicBlock(32, 64, stride=2, norm=norm), 32),
-    "basic, identity": (lambda norm: BasicBlock(32, 32, norm=norm), 32),
-    "bottleneck": (
-        lambda norm: BottleneckBlock(32, 64, bottleneck_channels=32, stride=2, norm=norm), 32
-    ),
-    "bottleneck, identity": (
-        lambda norm: BottleneckBlock(64, 64, bottleneck_channels=32, num_groups=2, norm=norm), 64
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("make, channels", BLOCKS.values(), ids=BLOCKS)
-def test_fused_blocks_are_detectron2s_with_standardized_weights(make, channels):
-    """In float64, outputs and all gradients."""
-    torch.manual_seed(0)
-    plain = make("GN").double()
-    for p in plain.parameters():
-        nn.init.normal_(p)
-    fused = convert_ws_conv(copy.deepcopy(plain))
-    assert type(fused).__name__ == f"GNWS{type(plain).__name__}"
-    assert list(fused.state_dict()) == list(plain.state_dict())
-
-    x = torch.randn(2, channels, 16, 12, dtype=torch.float64, requires_grad=True)
-    weights = dict(plain.named_parameters())
-    standardized = {n: formula(w) if w.dim() == 4 else w for n, w in weights.items()}
-    expected = torch.func.functional_call(plain, standardized, x)
-    grad = torch.randn_like(expected)
-    expected_grads = torch.autograd.grad(expected, [x, *weights.values()], grad)
-    out = fused(x)
-    torch.testing.assert_close(out, expected)
-    grads = torch.autograd.grad(out, [x, *fused.parameters()], grad)
-    for actual, expected_grad in zip(grads, expected_grads):
-        torch.testing.assert_close(actual, expected_grad)
+        conv(x), F.conv2d(x, formula(conv.weight).float(), conv.bias, padding=1),
+        rtol=1e-5, atol=1e-4,
+    )  # fmt: skip
 
 
 def test_fold_leaves_detectron2s_own_modules():
@@ -103,9 +68,3 @@ def test_reference_kernels_leave_norms_and_blocks_as_they_are():
     assert type(block) is BottleneckBlock and type(block.conv1.norm) is nn.GroupNorm
     convs = [m for m in block.modules() if isinstance(m, WSConv2d)]
     assert len(convs) == 4 and all(m.kernels == "reference" for m in convs)
-
-
-def test_blocks_with_another_norm_stay_as_they_are():
-    block = convert_ws_conv(BottleneckBlock(32, 64, bottleneck_channels=32, norm="BN"))
-    assert type(block) is BottleneckBlock and isinstance(block.conv1, WSConv2d)
-    assert torch.isfinite(block(torch.randn(2, 32, 8, 8))).all()

@@ -1,0 +1,114 @@
+"""Detectron2's layers with what GN+WS models do one after the other in one operation."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from detectron2.layers import ROIAlign
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .group_norm import GroupNorm
+from .weight_standardization import WSConv2d
+
+
+def _conv_norm_relu(conv: WSConv2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    return conv.norm(conv.convolve(x), residual, relu=True)
+
+
+class GNWSBasicStem(BasicStem):
+    """:class:`BasicStem` with the norm and the ReLU in one operation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C_out, H / 4, W / 4)"""
+        x = _conv_norm_relu(self.conv1, x)
+        if x.device.type == "cpu" and not torch.is_grad_enabled():
+            # PyTorch's pooling on CPUs is fast in this format alone.
+            x = x.contiguous(memory_format=torch.channels_last)
+        return F.max_pool2d(x, kernel_size=3, stride=2, padding=1).contiguous()
+
+
+class GNWSBasicBlock(BasicBlock):
+    """:class:`BasicBlock` with each norm, its residual and its ReLU in one operation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C_out, H / stride, W / stride)"""
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return _conv_norm_relu(self.conv2, _conv_norm_relu(self.conv1, x), shortcut)
+
+
+class GNWSBottleneckBlock(BottleneckBlock):
+    """:class:`BottleneckBlock` with each norm, its residual and its ReLU in one operation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C_out, H / stride, W / stride)"""
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        out = _conv_norm_relu(self.conv2, _conv_norm_relu(self.conv1, x))
+        return _conv_norm_relu(self.conv3, out, shortcut)
+
+
+class ThreadedROIAlign(ROIAlign):
+    """
+    :class:`ROIAlign` that gives each thread a part of the boxes in inference on CPUs, where
+    torchvision's operator uses one thread.
+    """
+
+    def forward(self, input: Tensor, rois: Tensor) -> Tensor:
+        """(N, C, H, W), (R, 5) -> (R, C, output_size, output_size)"""
+        threads = torch.get_num_threads()
+        if (
+            input.device.type != "cpu"
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")  # threads have an autocast state of their own
+            or torch.jit.is_tracing()
+            or min(threads, len(rois)) < 2
+        ):
+            return super().forward(input, rois)
+        forward = torch.no_grad()(super().forward)
+        with ThreadPoolExecutor(threads) as pool:
+            return torch.cat(list(pool.map(lambda part: forward(input, part), rois.chunk(threads))))
+
+
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.GroupNorm: GroupNorm,
+    BasicStem: GNWSBasicStem,
+    BasicBlock: GNWSBasicBlock,
+    BottleneckBlock: GNWSBottleneckBlock,
+    ROIAlign: ThreadedROIAlign,
+}
+
+
+def fuse_layers(module: nn.Module) -> nn.Module:
+    """
+    Give `module` the fast GroupNorm, ROIAlign and, where all their convolutions are standardized,
+    ResNet blocks, in place. Outputs, parameters and the state dict stay as they are.
+
+    Returns:
+        `module`
+    """
+    for m in module.modules():
+        if type(m) in _FUSED and _is_group_normalized(m):
+            m.__class__ = _FUSED[type(m)]
+    return module
+
+
+def unfuse_layers(module: nn.Module) -> nn.Module:
+    """
+    Undo :func:`fuse_layers`, in place.
+
+    Returns:
+        `module`
+    """
+    stock = {fused: plain for plain, fused in _FUSED.items()}
+    for m in module.modules():
+        m.__class__ = stock.get(type(m), type(m))
+    return module
+
+
+def _is_group_normalized(module: nn.Module) -> bool:
+    """Whether every convolution in `module` is standardized and followed by a GroupNorm."""
+    return all(
+        isinstance(m, WSConv2d) and isinstance(m.norm, nn.GroupNorm)
+        for m in module.modules()
+        if isinstance(m, nn.Conv2d)
+    )

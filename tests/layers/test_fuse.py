@@ -1,0 +1,83 @@
+import copy
+
+import pytest
+import torch
+from detectron2.layers import ROIAlign
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
+from test_weight_standardization import formula
+from torch import nn
+
+from gnws_d2.layers import WSConv2d, convert_ws_conv, fuse_layers
+
+BLOCKS = {
+    "stem": (lambda norm: BasicStem(3, 32, norm), 3),
+    "basic": (lambda norm: BasicBlock(32, 64, stride=2, norm=norm), 32),
+    "basic, identity": (lambda norm: BasicBlock(32, 32, norm=norm), 32),
+    "bottleneck": (
+        lambda norm: BottleneckBlock(32, 64, bottleneck_channels=32, stride=2, norm=norm), 32
+    ),
+    "bottleneck, identity": (
+        lambda norm: BottleneckBlock(64, 64, bottleneck_channels=32, num_groups=2, norm=norm), 64
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make, channels", BLOCKS.values(), ids=BLOCKS)
+def test_fused_blocks_are_detectron2s_with_standardized_weights(make, channels):
+    """In float64, outputs and all gradients."""
+    torch.manual_seed(0)
+    plain = make("GN").double()
+    for p in plain.parameters():
+        nn.init.normal_(p)
+    fused = convert_ws_conv(copy.deepcopy(plain))
+    assert type(fused).__name__ == f"GNWS{type(plain).__name__}"
+    assert list(fused.state_dict()) == list(plain.state_dict())
+
+    x = torch.randn(2, channels, 16, 12, dtype=torch.float64, requires_grad=True)
+    weights = dict(plain.named_parameters())
+    standardized = {n: formula(w) if w.dim() == 4 else w for n, w in weights.items()}
+    expected = torch.func.functional_call(plain, standardized, x)
+    grad = torch.randn_like(expected)
+    expected_grads = torch.autograd.grad(expected, [x, *weights.values()], grad)
+    out = fused(x)
+    torch.testing.assert_close(out, expected)
+    grads = torch.autograd.grad(out, [x, *fused.parameters()], grad)
+    for actual, expected_grad in zip(grads, expected_grads):
+        torch.testing.assert_close(actual, expected_grad)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_stem_pools_the_same_with_and_without_gradients(grad):
+    torch.manual_seed(0)
+    plain = BasicStem(3, 32, "GN")
+    fused = convert_ws_conv(copy.deepcopy(plain))
+    plain.conv1.weight.data = formula(plain.conv1.weight).float()
+    x = torch.randn(1, 3, 64, 48)
+    with torch.set_grad_enabled(grad):
+        out = fused(x)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, plain(x))
+
+
+def test_blocks_with_another_norm_stay_as_they_are():
+    block = convert_ws_conv(BottleneckBlock(32, 64, bottleneck_channels=32, norm="BN"))
+    assert type(block) is BottleneckBlock and isinstance(block.conv1, WSConv2d)
+    assert torch.isfinite(block(torch.randn(2, 32, 8, 8))).all()
+
+
+@pytest.mark.parametrize("boxes", [0, 1, 2, 101])
+def test_roi_align_is_detectron2s(boxes):
+    torch.manual_seed(0)
+    plain = ROIAlign((7, 7), 0.25, 0)
+    fused = fuse_layers(nn.Sequential(copy.deepcopy(plain)))[0]
+    assert type(fused) is not ROIAlign
+    x = torch.randn(2, 8, 40, 50, requires_grad=True)
+    corners = torch.rand(boxes, 2) * 100
+    image = torch.randint(0, 2, (boxes, 1))
+    rois = torch.cat([image, corners, corners + torch.rand(boxes, 2) * 90], dim=1)
+    with torch.no_grad():
+        assert torch.equal(fused(x, rois), plain(x, rois))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(fused(x.bfloat16(), rois), plain(x.bfloat16(), rois))
+    grads = [torch.autograd.grad(m(x, rois).square().sum(), x)[0] for m in (plain, fused)]
+    torch.testing.assert_close(*grads)
