@@ -19,6 +19,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
@@ -29,7 +30,6 @@ from ..checkpoint.fold import STOCK_NAMES
 from ..data import OpenCVDatasetMapper
 from ..layers import GroupNorm, WSConv2d, fold_ws_conv, group_norm, standardize_weight
 from ..layers.weight_standardization import standardize_weight_reference
-from ..modeling import build_model
 from ..utils.memory import keep_freed_memory
 
 
@@ -72,33 +72,50 @@ def measure(
     """
     for _ in range(turns):
         for variant in variants:
-            _set_memory(variant, device)
-            variant.run()
-            _synchronize(device)
-            for _ in range(runs):
-                start = time.perf_counter()
+            with _memory_of(variant, device):
                 variant.run()
                 _synchronize(device)
-                variant.seconds.append(time.perf_counter() - start)
+                for _ in range(runs):
+                    start = time.perf_counter()
+                    variant.run()
+                    _synchronize(device)
+                    variant.seconds.append(time.perf_counter() - start)
     for variant in variants if memory else []:
-        variant.peak_bytes = _peak_memory(variant, device)
-    keep_freed_memory()
+        with _memory_of(variant, device):
+            variant.peak_bytes = _peak_memory(variant, device)
 
 
-def _set_memory(variant: Variant, device: torch.device) -> None:
+@contextlib.contextmanager
+def _memory_of(variant: Variant, device: torch.device) -> Iterator[None]:
+    """The allocator as `variant` has it, whatever the ones before it left."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        yield
         return
-    keep_freed_memory(variant.keep_memory)
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        yield
+        return
+    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+    libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+    keep_freed_memory(True)
+    libc.malloc_trim(0)
+    blocks = []
     if not variant.keep_memory:
-        _trim()
-
-
-def _trim() -> None:
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+        # Where the others kept memory there are holes, which glibc would fill before it takes new
+        # pages. Blocks that are never written to fill them.
+        for size in (1 << 28, 1 << 26, 1 << 24, 1 << 22):
+            top = libc.sbrk(0)
+            while (block := libc.malloc(size)) + size < top:
+                blocks.append(block)
+            libc.free(block)
+            libc.malloc_trim(0)
+        keep_freed_memory(False)
+    yield
+    for block in blocks:
+        libc.free(block)
+    keep_freed_memory(True)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -114,9 +131,6 @@ def _peak_memory(variant: Variant, device: torch.device) -> int | None:
         variant.run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    keep_freed_memory(False)
-    _trim()
-    keep_freed_memory(variant.keep_memory)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except OSError:

@@ -1,7 +1,6 @@
 """Detectron2's default trainer and command line, with what GN+WS models need of them."""
 
 import argparse
-import logging
 import os
 import weakref
 from collections.abc import Iterable
@@ -19,13 +18,11 @@ from detectron2.engine import (
     default_argument_parser,
 )
 from detectron2.utils import comm
-from torch import nn
 
 from ..checkpoint import GNWSCheckpointer
 from ..config import add_gnws_config
 from ..data import OpenCVDatasetMapper, register_coco_datasets
 from ..evaluation import COCOEvaluator
-from ..modeling import build_model
 from ..utils.errors import UserError
 
 # What Detectron2 and yacs raise for a config that they do not take.
@@ -136,12 +133,6 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
-
-    @classmethod
-    def build_model(cls, cfg: CfgNode) -> nn.Module:
-        model = build_model(cfg)
-        logging.getLogger(__name__).info(f"Model:\n{model}")
-        return model
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable:

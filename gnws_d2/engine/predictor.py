@@ -7,10 +7,10 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
 
 from ..checkpoint import GNWSCheckpointer
 from ..data.transforms import OpenCVResizeShortestEdge
-from ..modeling import build_model
 from .checks import check_device
 
 

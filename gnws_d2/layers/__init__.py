@@ -1,5 +1,4 @@
 from .conversion import convert_ws_conv, fold_ws_conv
-from .fuse import fuse_layers
 from .group_norm import GroupNorm, group_norm
 from .weight_standardization import WSConv2d, standardize_weight
 
@@ -8,7 +7,6 @@ __all__ = [
     "WSConv2d",
     "convert_ws_conv",
     "fold_ws_conv",
-    "fuse_layers",
     "group_norm",
     "standardize_weight",
 ]

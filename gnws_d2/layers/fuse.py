@@ -1,9 +1,6 @@
 """Detectron2's layers with what GN+WS models do one after the other in one operation."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
-from detectron2.layers import ROIAlign
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -47,41 +44,18 @@ class GNWSBottleneckBlock(BottleneckBlock):
         return _conv_norm_relu(self.conv3, out, shortcut)
 
 
-class ThreadedROIAlign(ROIAlign):
-    """
-    :class:`ROIAlign` that gives each thread a part of the boxes in inference on CPUs, where
-    torchvision's operator uses one thread.
-    """
-
-    def forward(self, input: Tensor, rois: Tensor) -> Tensor:
-        """(N, C, H, W), (R, 5) -> (R, C, output_size, output_size)"""
-        threads = torch.get_num_threads()
-        if (
-            input.device.type != "cpu"
-            or torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")  # threads have an autocast state of their own
-            or torch.jit.is_tracing()
-            or min(threads, len(rois)) < 2
-        ):
-            return super().forward(input, rois)
-        forward = torch.no_grad()(super().forward)
-        with ThreadPoolExecutor(threads) as pool:
-            return torch.cat(list(pool.map(lambda part: forward(input, part), rois.chunk(threads))))
-
-
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.GroupNorm: GroupNorm,
     BasicStem: GNWSBasicStem,
     BasicBlock: GNWSBasicBlock,
     BottleneckBlock: GNWSBottleneckBlock,
-    ROIAlign: ThreadedROIAlign,
 }
 
 
 def fuse_layers(module: nn.Module) -> nn.Module:
     """
-    Give `module` the fast GroupNorm, ROIAlign and, where all their convolutions are standardized,
-    ResNet blocks, in place. Outputs, parameters and the state dict stay as they are.
+    Give `module` the fast GroupNorm and, where all their convolutions are standardized, ResNet
+    blocks, in place. Outputs, parameters and the state dict stay as they are.
 
     Returns:
         `module`

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
 from torch import nn
 
 from ..config import add_gnws_config
-from ..modeling import build_model
 
 _DIR = Path(__file__).parent
 

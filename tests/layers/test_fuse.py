@@ -2,12 +2,11 @@ import copy
 
 import pytest
 import torch
-from detectron2.layers import ROIAlign
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from test_weight_standardization import formula
 from torch import nn
 
-from gnws_d2.layers import WSConv2d, convert_ws_conv, fuse_layers
+from gnws_d2.layers import WSConv2d, convert_ws_conv
 
 BLOCKS = {
     "stem": (lambda norm: BasicStem(3, 32, norm), 3),
@@ -63,21 +62,3 @@ def test_blocks_with_another_norm_stay_as_they_are():
     block = convert_ws_conv(BottleneckBlock(32, 64, bottleneck_channels=32, norm="BN"))
     assert type(block) is BottleneckBlock and isinstance(block.conv1, WSConv2d)
     assert torch.isfinite(block(torch.randn(2, 32, 8, 8))).all()
-
-
-@pytest.mark.parametrize("boxes", [0, 1, 2, 101])
-def test_roi_align_is_detectron2s(boxes):
-    torch.manual_seed(0)
-    plain = ROIAlign((7, 7), 0.25, 0)
-    fused = fuse_layers(nn.Sequential(copy.deepcopy(plain)))[0]
-    assert type(fused) is not ROIAlign
-    x = torch.randn(2, 8, 40, 50, requires_grad=True)
-    corners = torch.rand(boxes, 2) * 100
-    image = torch.randint(0, 2, (boxes, 1))
-    rois = torch.cat([image, corners, corners + torch.rand(boxes, 2) * 90], dim=1)
-    with torch.no_grad():
-        assert torch.equal(fused(x, rois), plain(x, rois))
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(fused(x.bfloat16(), rois), plain(x.bfloat16(), rois))
-    grads = [torch.autograd.grad(m(x, rois).square().sum(), x)[0] for m in (plain, fused)]
-    torch.testing.assert_close(*grads)
