@@ -100,9 +100,9 @@ def _memory_of(variant: Variant, device: torch.device) -> Iterator[None]:
     libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
     libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
     keep_freed_memory(True)
-    libc.malloc_trim(0)
     blocks = []
     if not variant.keep_memory:
+        libc.malloc_trim(0)
         # Where the others kept memory there are holes, which glibc would fill before it takes new
         # pages. Blocks that are never written to fill them.
         for size in (1 << 28, 1 << 26, 1 << 24, 1 << 22):
@@ -112,10 +112,12 @@ def _memory_of(variant: Variant, device: torch.device) -> Iterator[None]:
             libc.free(block)
             libc.malloc_trim(0)
         keep_freed_memory(False)
-    yield
-    for block in blocks:
-        libc.free(block)
-    keep_freed_memory(True)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            libc.free(block)
+        keep_freed_memory(True)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -131,6 +133,9 @@ def _peak_memory(variant: Variant, device: torch.device) -> int | None:
         variant.run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except OSError:
