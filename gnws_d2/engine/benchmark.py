@@ -64,16 +64,18 @@ def measure(
     variants: list[Variant], device: torch.device, turns: int, runs: int = 1, memory: bool = True
 ) -> None:
     """
-    Run the variants in turns (A B A B), and fill in their ``seconds`` and ``peak_bytes``.
+    Run the variants in turns, every other time from last to first (A B B A), as one may leave the
+    memory better for the next, and fill in their ``seconds`` and ``peak_bytes``.
 
     Args:
-        turns: how often each variant has its turn: one run to warm up, then `runs` timed ones.
+        turns: how often each variant has its turn: two runs to warm up, then `runs` timed ones.
         memory: measure the peak memory of a run, too, by itself.
     """
-    for _ in range(turns):
-        for variant in variants:
+    for turn in range(turns):
+        for variant in variants[:: -1 if turn % 2 else 1]:
             with _memory_of(variant, device):
-                variant.run()
+                for _ in range(2):
+                    variant.run()
                 _synchronize(device)
                 for _ in range(runs):
                     start = time.perf_counter()

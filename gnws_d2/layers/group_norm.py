@@ -36,11 +36,26 @@ def group_norm(
         from .kernels.group_norm import GroupNormFunction
 
         return GroupNormFunction.apply(x, weight, bias, num_groups, eps, residual, relu)
-    with torch.autocast(x.device.type, enabled=False):
-        x = F.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    if autocast_dtype(x.device) is None:
+        x = F.group_norm(x, num_groups, weight, bias, eps)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.group_norm(x, num_groups, weight, bias, eps)
     if residual is not None:
         x += residual
     return F.relu_(x) if relu else x
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """
+    Returns:
+        The type that autocast computes in on `device`; None where it is off.
+    """
+    available = torch.amp.is_autocast_available(device.type)
+    if not (available and torch.is_autocast_enabled(device.type)):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def _use_triton(x: Tensor, num_groups: int) -> bool:

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .group_norm import GroupNorm
+from .group_norm import GroupNorm, autocast_dtype
 from .kernels import use_triton
 
 
@@ -164,9 +164,9 @@ class WSConv2d(Conv2d):
         weight = self.weight
         if self.kernels == "reference":
             return standardize_weight_reference(weight)
-        dtype, device = weight.dtype, weight.device.type
-        if torch.is_autocast_enabled(device) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
+        dtype = weight.dtype
+        if dtype != torch.float64:  # which autocast leaves alone
+            dtype = autocast_dtype(weight.device) or dtype
         if (
             self.training
             or torch.is_grad_enabled()
@@ -178,7 +178,7 @@ class WSConv2d(Conv2d):
         key = (weight.data_ptr(), weight._version, _optimizer_steps, dtype)
         if self._standardized is None or self._standardized[0] != key:
             out = standardize_weight(weight, dtype=dtype)
-            if self.channels_last and device == "cpu":
+            if self.channels_last and weight.device.type == "cpu":
                 out = out.contiguous(memory_format=torch.channels_last)
             # With the weight itself, so that no other one can take its address.
             self._standardized = key, weight.detach(), out

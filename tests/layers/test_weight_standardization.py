@@ -334,3 +334,10 @@ def test_reference_gives_the_same():
     out = conv(x)
     conv.kernels = "reference"
     torch.testing.assert_close(conv(x), out)
+
+
+def test_meta_device_gives_the_shape():
+    conv = make_conv().to("meta")
+    for mode in (True, False):
+        with torch.set_grad_enabled(mode):
+            assert conv.train(mode)(torch.zeros(2, 32, 9, 9, device="meta")).shape == (2, 64, 5, 5)

@@ -21,6 +21,8 @@ def use_triton(x: Tensor, reason_not: str = "") -> bool:
         reason_not = f"they run on GPUs, not on {x.device.type}"
     elif not _has_triton():
         reason_not = "Triton is not installed"
+    elif not _is_supported(x.device):
+        reason_not = "the GPU is older than Triton supports"
     if reason_not and not torch.compiler.is_compiling():
         _log_once(logging.WARNING if x.is_cuda else logging.INFO, reason_not)
     return not reason_not
@@ -29,6 +31,11 @@ def use_triton(x: Tensor, reason_not: str = "") -> bool:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _is_supported(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 @functools.cache
