@@ -21,6 +21,7 @@ from gnws_d2.data import register_coco_datasets
 from gnws_d2.engine import add_dataset_argument, benchmark, load_config
 from gnws_d2.engine.checks import check_device
 from gnws_d2.utils.errors import UserError, exit_on_user_error
+from gnws_d2.utils.files import replace_file
 from gnws_d2.utils.visualizer import plot_bars
 
 Report = tuple[list[tuple[str, list[str], list[list[Any]]]], dict[str, Any], dict[str, list[float]]]
@@ -169,9 +170,8 @@ def main() -> None:
     path = os.path.join(args.output, args.work)
     record |= {"machine": machine, "config": args.config_file, "opts": args.opts}
     for suffix, content in ((".md", text), (".json", json.dumps(record, indent=1, default=str))):
-        with open(f"{path}{suffix}.part", "w") as f:
+        with replace_file(f"{path}{suffix}") as f:
             f.write(content)
-        os.replace(f"{path}{suffix}.part", f"{path}{suffix}")
     plot_bars(bars, tables[0][0], f"{path}.png")
     print(text)
 

@@ -16,6 +16,7 @@ from gnws_d2 import model_zoo
 from gnws_d2.data import register_coco_datasets
 from gnws_d2.engine.reproduce import format_table, is_reproduced, reproduce_row
 from gnws_d2.utils.errors import UserError, exit_on_user_error
+from gnws_d2.utils.files import replace_file
 
 
 @exit_on_user_error
@@ -58,9 +59,8 @@ def main() -> None:
             ("table.json", json.dumps(rows, indent=1) + "\n"),
         ):
             path = os.path.join(args.output, file_name)
-            with open(f"{path}.part", "w") as f:
+            with replace_file(path) as f:
                 f.write(text)
-            os.replace(f"{path}.part", path)
     print(format_table(rows))
     sys.exit(0 if all(map(is_reproduced, rows)) else 1)
 

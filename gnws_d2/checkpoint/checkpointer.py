@@ -1,6 +1,5 @@
 """Detectron2's checkpointer for the formats of :mod:`.convert`, that lets no mismatch pass."""
 
-import contextlib
 import os
 import re
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..layers import WSConv2d
 from ..utils.errors import UserError
+from ..utils.files import replace_file
 from .convert import convert_to_detectron2
 
 # The layers whose shape depends on the classes.
@@ -53,6 +53,7 @@ def load_checkpoint(path: str) -> dict[str, Any]:
             why = "is a pickle, which can run code when loaded: it is refused"
         else:
             why = "is damaged, or no PyTorch checkpoint"
+            raise DamagedCheckpointError(f"The file {path} {why}.") from e
         raise UserError(f"The file {path} {why}.") from e
     try:
         converted = convert_to_detectron2(checkpoint)
@@ -65,15 +66,16 @@ def load_checkpoint(path: str) -> dict[str, Any]:
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: str) -> None:
-    """Write `checkpoint` to `path`, where there is never half of it: a file is renamed to it."""
-    part = f"{path}.part"
+    """Write `checkpoint` to `path`, where there is never half of it (:func:`replace_file`)."""
     try:
-        torch.save(checkpoint, part)
-        os.replace(part, path)
+        with replace_file(path, "wb") as f:
+            torch.save(checkpoint, f)
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError for a full disk
-        with contextlib.suppress(OSError):
-            os.remove(part)
         raise UserError(f"Cannot write {path}: {' '.join(str(e).split())}.") from e
+
+
+class DamagedCheckpointError(UserError):
+    """A file that is no whole checkpoint."""
 
 
 class GNWSCheckpointer(DetectionCheckpointer):
@@ -98,8 +100,50 @@ class GNWSCheckpointer(DetectionCheckpointer):
         self.strict = strict
 
     def save(self, name: str, **kwargs: Any) -> None:
+        """
+        See :class:`DetectionCheckpointer`. Whenever the process is killed, there are whole files,
+        and ``last_checkpoint`` names one of them.
+
+        Raises:
+            UserError: if the file cannot be written, as on a full disk.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
+        data |= {"model": self.model.state_dict(), **kwargs}
+        data["weight_standardization"] = self._is_standardized()
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {path}")
+        save_checkpoint(data, path)
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """See :class:`DetectionCheckpointer`."""
-        super().save(name, weight_standardization=self._is_standardized(), **kwargs)
+        with replace_file(os.path.join(self.save_dir, "last_checkpoint")) as f:
+            f.write(last_filename_basename)
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """
+        See :class:`DetectionCheckpointer`. If the last checkpoint is damaged or gone, the one
+        before it is used, and so on.
+
+        Raises:
+            UserError: if there are checkpoints to resume from, and none that is whole.
+        """
+        if not (resume and self.has_checkpoint()):
+            return super().resume_or_load(path, resume=False)
+        last = self.get_checkpoint_file()
+        others = sorted(self.get_all_checkpoint_files(), key=os.path.getmtime, reverse=True)
+        for candidate in [last, *(other for other in others if other != last)]:
+            try:
+                if not os.path.isfile(candidate):
+                    raise DamagedCheckpointError(f"The checkpoint {candidate} does not exist.")
+                return self.load(candidate)
+            except DamagedCheckpointError as e:
+                self.logger.error(f"{e} Looking for the checkpoint before it.")
+        raise UserError(
+            f"No checkpoint in {self.save_dir} is whole: train anew with another OUTPUT_DIR."
+        )
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """
@@ -112,7 +156,10 @@ class GNWSCheckpointer(DetectionCheckpointer):
         if self.strict and not path:
             raise UserError("MODEL.WEIGHTS is empty: name the checkpoint to use.")
         self._path = path
-        return super().load(path, *args, **kwargs)
+        try:
+            return super().load(path, *args, **kwargs)
+        finally:
+            self._parsed_url_during_load = None  # which Detectron2 leaves set when it fails
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         return load_checkpoint(filename)

@@ -1,5 +1,8 @@
 import os
 import pickle
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -223,3 +226,97 @@ def test_describe(name):
     row = next(row for row in model_zoo.table() if row["name"] == name)
     state = convert_to_detectron2({"state_dict": mmdet_state(name)})["model"]
     assert describe(state) == f"a {row['detector']} {row['backbone']} with 80 classes"
+
+
+class Counter:
+    """A stateful object that a checkpoint holds besides the model."""
+
+    def __init__(self):
+        self.count = 0
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+def checkpointer(directory, model=None):
+    return GNWSCheckpointer(model or torch.nn.Linear(2, 2), str(directory), counter=Counter())
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """A directory with three checkpoints, each a second older than the next."""
+    writer = checkpointer(tmp_path)
+    for i in range(3):
+        writer.checkpointables["counter"].count = i
+        writer.save(f"model_{i}", iteration=i)
+        os.utime(tmp_path / f"model_{i}.pth", (i, i))
+    return tmp_path
+
+
+def resume(directory):
+    reader = checkpointer(directory)
+    iteration = reader.resume_or_load("", resume=True)["iteration"]
+    assert reader.checkpointables["counter"].count == iteration
+    return iteration
+
+
+def test_resume_takes_the_last_checkpoint(checkpoints):
+    assert resume(checkpoints) == 2
+    (checkpoints / "last_checkpoint").write_text("model_1.pth")
+    assert resume(checkpoints) == 1
+
+
+@pytest.mark.parametrize("fault", ["truncated", "empty", "zeros at the end", "gone"])
+def test_resume_takes_the_one_before_a_damaged_checkpoint(checkpoints, fault, caplog):
+    last = checkpoints / "model_2.pth"
+    data = last.read_bytes()
+    if fault == "gone":
+        last.unlink()
+    else:
+        half = len(data) // 2
+        damaged = {"truncated": data[:half], "empty": b""}
+        last.write_bytes(damaged.get(fault, data[:half] + bytes(len(data) - half)))
+    assert resume(checkpoints) == 1
+    assert str(last) in caplog.text and "Looking for the checkpoint before it" in caplog.text
+
+
+def test_resume_without_any_whole_checkpoint_is_an_error(checkpoints):
+    for path in checkpoints.glob("*.pth"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=f"No checkpoint in {checkpoints} is whole"):
+        resume(checkpoints)
+
+
+def test_a_checkpoint_of_another_network_is_not_passed_over(checkpoints):
+    reader = checkpointer(checkpoints, torch.nn.Linear(3, 3))
+    with pytest.raises(UserError, match="have another shape"):
+        reader.resume_or_load("", resume=True)
+
+
+KILLED = """
+import os, signal, sys, torch
+from gnws_d2.checkpoint import GNWSCheckpointer, checkpointer
+save = torch.save
+def half(data, f):
+    save(data, f)
+    f.flush()
+    os.ftruncate(f.fileno(), f.tell() // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+torch.save = half
+GNWSCheckpointer(torch.nn.Linear(2, 2), sys.argv[1]).save(sys.argv[2], iteration=3)
+"""
+
+
+@pytest.mark.parametrize("name", ["model_2", "model_3"])
+def test_kill_while_writing_leaves_the_checkpoints_as_they_were(checkpoints, name):
+    """Over one of its own name, and over none."""
+    before = {p.name: p.read_bytes() for p in checkpoints.iterdir()}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(checkpoints), name])
+    assert done.returncode == -signal.SIGKILL
+    after = {p.name: p.read_bytes() for p in checkpoints.iterdir()}
+    assert set(after) - set(before) == {f"{name}.pth.part"}
+    assert {key: after[key] for key in before} == before
+    assert resume(checkpoints) == 2
