@@ -36,16 +36,16 @@ def models(cfg: Any, args: argparse.Namespace) -> Report:
     train = args.work == "train"
     batch_size = args.batch_size or (2 if train else 1)
     variants = benchmark.benchmark_models(
-        cfg, train, tuple(args.image_size), batch_size, args.turns, args.runs
+        cfg, train, tuple(args.image_size), batch_size, args.turns, args.runs, args.models
     )
     by_name = {v.name: v for v in variants}
-    reference = by_name["GN+WS, reference"].median
+    reference = by_name.get("GN+WS, reference")
     rows = []
     for v in variants:
         memory = v.record()["memory_bytes"]
         rows.append(
             [v.name, memory and f"{memory / GB:.2f}", f"{v.median / batch_size:.4g}"]
-            + [spread(v, 1 / batch_size), f"{reference / v.median:.2f}x"]
+            + [spread(v, 1 / batch_size), reference and f"{reference.median / v.median:.2f}x"]
         )
     name = os.path.basename(args.config_file).removesuffix(".yaml")
     for row in model_zoo.table():
@@ -57,16 +57,18 @@ def models(cfg: Any, args: argparse.Namespace) -> Report:
     header = ["", "Mem (GB)", time, "min - max", "speed to the reference"]
     h, w = args.image_size
     title = f"{'Training step' if train else 'Inference'} of {name}, {batch_size} x {h} x {w}"
-    ratios = {
-        "GN+WS / GN, time": by_name["GN+WS"].median / by_name["GN"].median,
-        "GN+WS / FrozenBN, time": by_name["GN+WS"].median / by_name["FrozenBN"].median,
-        "GN+WS, reference / GN+WS, time": reference / by_name["GN+WS"].median,
-        "GN+WS, reference / GN+WS, AMP, time": reference / by_name["GN+WS, AMP"].median,
-    }
-    for other in ("GN", "GN+WS, reference"):
-        memories = [by_name[name].record()["memory_bytes"] for name in ("GN+WS", other)]
-        if all(memories):
-            ratios[f"GN+WS / {other}, memory"] = memories[0] / memories[1]
+    ratios = {}
+    for a, b in (
+        ("GN+WS", "GN"),
+        ("GN+WS", "FrozenBN"),
+        ("GN+WS, reference", "GN+WS"),
+        ("GN+WS, reference", "GN+WS, AMP"),
+    ):
+        if a in by_name and b in by_name:
+            ratios[f"{a} / {b}, time"] = by_name[a].median / by_name[b].median
+            memories = [by_name[name].record()["memory_bytes"] for name in (a, b)]
+            if all(memories):
+                ratios[f"{a} / {b}, memory"] = memories[0] / memories[1]
     bars = {v.name: [s / batch_size for s in v.seconds] for v in variants}
     records = {"batch_size": batch_size, "variants": [v.record() for v in variants]}
     return [(title, header, rows)], {**records, "ratios": ratios}, bars
@@ -140,6 +142,11 @@ def main() -> None:
     parser.add_argument(
         "--config-file", default=model_zoo.get_config_file("mask_rcnn_R50_gnws_2x"), metavar="FILE"
     )
+    variants = [*benchmark.MODELS, *(f"{model}, AMP" for model in benchmark.MODELS)]
+    parser.add_argument(
+        "--models", nargs="+", default=variants, choices=variants, metavar="NAME",
+        help=f"of inference and train, from {'; '.join(variants)} (default: all)",
+    )  # fmt: skip
     parser.add_argument("--image-size", type=int, nargs=2, default=[800, 1333], metavar=("H", "W"))
     parser.add_argument("--batch-size", type=int, help="default: 1 for inference, 2 for training")
     parser.add_argument("--turns", type=int, default=3, help="of each variant (default: 3)")

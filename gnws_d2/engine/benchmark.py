@@ -276,17 +276,29 @@ def make_inputs(cfg: CfgNode, height: int, width: int, batch_size: int) -> list[
 
 
 def benchmark_models(
-    cfg: CfgNode, train: bool, size: tuple[int, int], batch_size: int, turns: int, runs: int
+    cfg: CfgNode,
+    train: bool,
+    size: tuple[int, int],
+    batch_size: int,
+    turns: int,
+    runs: int,
+    names: list[str],
 ) -> list[Variant]:
     """
-    Measure inference or a training step of :data:`MODELS`, in float32 and in mixed precision
-    (float16 on a GPU, bfloat16 on a CPU).
+    Measure inference or a training step of models.
+
+    Args:
+        names: of :data:`MODELS`, with ", AMP" after the name for mixed precision (float16 on a GPU,
+            bfloat16 on a CPU).
     """
     inputs = make_inputs(cfg, *size, batch_size)
-    models = build_models(cfg, list(MODELS), inputs[0]["image"])
+    used = [model for model in MODELS if {model, f"{model}, AMP"} & set(names)]
+    models = build_models(cfg, used, inputs[0]["image"])
     device = torch.device(cfg.MODEL.DEVICE)
     variants = []
     for amp, (name, model) in itertools.product((False, True), models.items()):
+        if (f"{name}, AMP" if amp else name) not in names:
+            continue
         model.train(train)
         optimizer = build_optimizer(cfg, model) if train else None
         autocast = functools.partial(
