@@ -6,9 +6,10 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
@@ -22,6 +23,7 @@ from detectron2.utils import comm
 from ..checkpoint import GNWSCheckpointer
 from ..config import add_gnws_config
 from ..data import OpenCVDatasetMapper, register_coco_datasets
+from ..data.train_loader import TrainLoader, build_train_loader, derive_seed
 from ..evaluation import COCOEvaluator
 from ..utils.errors import UserError
 
@@ -134,9 +136,23 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
+    def resume_or_load(self, resume: bool = True) -> None:
+        """
+        See :class:`DefaultTrainer`. A resumed run goes on with the images, the augmentation and the
+        proposals that it would have had without interruption.
+        """
+        super().resume_or_load(resume)
+        self._trainer.data_loader.start_iter = self.start_iter
+
+    def run_step(self) -> None:
+        if self.cfg.SEED >= 0:
+            # Of the proposals that are sampled, so that they do not depend on where a run started.
+            torch.manual_seed(derive_seed(self.cfg.SEED, comm.get_rank(), self.iter))
+        super().run_step()
+
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> Iterable:
-        return build_detection_train_loader(cfg, mapper=OpenCVDatasetMapper(cfg, True))
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
+        return build_train_loader(cfg, OpenCVDatasetMapper(cfg, True))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable:

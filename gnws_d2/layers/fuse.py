@@ -61,7 +61,8 @@ def fuse_layers(module: nn.Module) -> nn.Module:
         `module`
     """
     for m in module.modules():
-        if type(m) in _FUSED and _is_group_normalized(m):
+        plain = isinstance(m, nn.GroupNorm) and not m.affine  # as in no model of Detectron2
+        if type(m) in _FUSED and _is_group_normalized(m) and not plain:
             m.__class__ = _FUSED[type(m)]
     return module
 

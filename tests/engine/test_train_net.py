@@ -120,3 +120,34 @@ def test_truncated_image_stops_training_with_its_name(photographs, tmp_path, pro
     assert error.startswith("train_net.py: error: The image ") and "truncated" in error
     assert str(images) in error and error.count(".jpg") == 1
     assert not others or processes == 2
+
+
+@pytest.mark.parametrize(
+    "processes", [1, pytest.param(2, marks=pytest.mark.slow)], ids="{} processes".format
+)
+def test_killed_run_resumes_bit_for_bit(fruits, tmp_path, processes):
+    """Killed at once after it wrote a checkpoint, and resumed with another number of workers."""
+    options, keys = fruits
+    keys += ["SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.MAX_ITER", "5", "SEED", "1"]
+    keys += ["TEST.EVAL_PERIOD", "0", "DATASETS.TEST", "()"]
+    options += ["--num-gpus", str(processes), "--dist-url", "auto"]
+
+    def weights(output, *args, workers):
+        keys_ = [*keys, "OUTPUT_DIR", output, "DATALOADER.NUM_WORKERS", workers]
+        run = train_net(*args, *options, *keys_, datasets=tmp_path)
+        return run, tmp_path / output
+
+    run, whole = weights("whole", workers="0")
+    assert run.returncode == 0, run.stderr
+    run, killed = weights("killed", workers="2")
+    assert run.returncode == 0, run.stderr
+    for name in ("model_final.pth", "model_0000003.pth"):  # as if killed before they were written
+        (killed / name).unlink()
+    (killed / "last_checkpoint").write_text("model_0000001.pth")
+    run, killed = weights("killed", "--resume", workers="1")
+    assert run.returncode == 0, run.stderr
+    assert "Starting training from iteration 2" in run.stdout
+    states = [torch.load(d / "model_final.pth", weights_only=False) for d in (whole, killed)]
+    a, b = (state["model"] for state in states)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
