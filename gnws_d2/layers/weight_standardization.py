@@ -177,7 +177,8 @@ class WSConv2d(Conv2d):
             return standardize_weight(weight, dtype=dtype)
         key = (weight.data_ptr(), weight._version, _optimizer_steps, dtype)
         if self._standardized is None or self._standardized[0] != key:
-            out = standardize_weight(weight, dtype=dtype)
+            # Once, so that the formula's own rounding costs nothing.
+            out = standardize_weight_reference(weight).to(dtype)
             if self.channels_last and weight.device.type == "cpu":
                 out = out.contiguous(memory_format=torch.channels_last)
             # With the weight itself, so that no other one can take its address.
