@@ -177,7 +177,8 @@ class WSConv2d(Conv2d):
             return standardize_weight(weight, dtype=dtype)
         key = (weight.data_ptr(), weight._version, _optimizer_steps, dtype)
         if self._standardized is None or self._standardized[0] != key:
-            # Once, so that the formula's own rounding costs nothing.
+            # The formula's own rounding, for once: the fast operation's differs in the last digit,
+            # which R-101 amplifies until its features differ by over 2e-5.
             out = standardize_weight_reference(weight).to(dtype)
             if self.channels_last and weight.device.type == "cpu":
                 out = out.contiguous(memory_format=torch.channels_last)
