@@ -9,7 +9,7 @@ from detectron2.layers.batch_norm import LayerNorm
 from torch import nn
 
 from .fuse import fuse_layers, unfuse_layers
-from .weight_standardization import WSConv2d, standardize_weight
+from .weight_standardization import WSConv2d, standardize_weight_reference
 
 _NORM_LAYERS = (
     nn.GroupNorm,
@@ -75,6 +75,7 @@ def fold_ws_conv(module: nn.Module) -> nn.Module:
     unfuse_layers(module)
     for m in module.modules():
         if isinstance(m, WSConv2d):
-            m.weight.copy_(standardize_weight(m.weight))
+            # With the formula's own rounding, as a model in evaluation keeps its weights.
+            m.weight.copy_(standardize_weight_reference(m.weight))
             m.__class__ = Conv2d
     return module
