@@ -2,6 +2,8 @@
 
 from detectron2.config import CfgNode
 
+from .utils.errors import UserError
+
 
 def add_gnws_config(cfg: CfgNode) -> None:
     """Add the keys below to `cfg`. The models also build from configs without them."""
@@ -9,3 +11,24 @@ def add_gnws_config(cfg: CfgNode) -> None:
     # "auto": the fastest implementation for the device that the weights are on, all exact to
     # "reference": PyTorch's own operators one by one, weights standardized on every forward.
     cfg.MODEL.GNWS.KERNELS = "auto"
+
+    # What training does about an image that is missing, damaged or not of the size it should have:
+    # "stop", or "skip": train on another one in its place, log the file once, count.
+    cfg.INPUT.ON_BAD_IMAGE = "stop"
+
+    # How many of the checkpoints of SOLVER.CHECKPOINT_PERIOD to keep, the newest ones; 0 for all.
+    # With a TEST.EVAL_PERIOD the one with the best AP is kept besides, as model_best.pth.
+    cfg.SOLVER.CHECKPOINT_KEEP = 0
+    # What training does about a loss or gradient that is infinite or NaN: "stop", or "skip": leave
+    # the weights as they are in this iteration and count; three in a row stop.
+    cfg.SOLVER.ON_NON_FINITE = "stop"
+
+
+def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """
+    Raises:
+        UserError: if `value`, that of the config key `key`, is not one of `choices`.
+    """
+    if value not in choices:
+        names = " or ".join(f'"{choice}"' for choice in choices)
+        raise UserError(f'{key} is "{value}": set it to {names}.')

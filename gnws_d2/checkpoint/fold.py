@@ -2,7 +2,7 @@
 
 import os
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
 from ..layers import fold_ws_conv
@@ -47,9 +47,18 @@ def fold_model(cfg: CfgNode, output_dir: str) -> tuple[str, str]:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.WEIGHTS = weights
-    cfg.MODEL.pop("GNWS", None)
+    _remove_own_keys(cfg, get_cfg())
     for node in (cfg.MODEL.BACKBONE, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD):
         node.NAME = STOCK_NAMES.get(node.NAME, node.NAME)
     with open(config_file, "w") as f:
         f.write(cfg.dump())
     return config_file, weights
+
+
+def _remove_own_keys(cfg: CfgNode, stock: CfgNode) -> None:
+    """Leave those that Detectron2 knows."""
+    for key, value in list(cfg.items()):
+        if key not in stock:
+            del cfg[key]
+        elif isinstance(value, CfgNode):
+            _remove_own_keys(value, stock[key])

@@ -22,6 +22,10 @@ from .transforms import OpenCVResizeShortestEdge
 _IMAGE_ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82")
 
 
+class BadImageError(UserError):
+    """An image that training cannot use, as ``INPUT.ON_BAD_IMAGE`` is about."""
+
+
 def read_image(file_name: str, format: str) -> np.ndarray:
     """
     Decode an image file as `cv2.imread` does, EXIF orientation included.
@@ -34,24 +38,24 @@ def read_image(file_name: str, format: str) -> np.ndarray:
         (H, W, 3), uint8.
 
     Raises:
-        UserError: if the file is missing, empty, truncated or no image.
+        BadImageError: if the file is missing, empty, truncated or no image.
     """
     try:
         with PathManager.open(file_name, "rb") as f:
             data = f.read()
     except OSError as e:
-        raise UserError(f"Cannot read the image {file_name}: {e.strerror or e}.") from e
+        raise BadImageError(f"Cannot read the image {file_name}: {e.strerror or e}.") from e
     if not data:
-        raise UserError(f"The image {file_name} is empty.")
+        raise BadImageError(f"The image {file_name} is empty.")
     if not data.endswith(_IMAGE_ENDS):
         # OpenCV silently fills what is missing of a truncated file with grey; Pillow refuses it.
         try:
             Image.open(io.BytesIO(data)).load()
         except (OSError, SyntaxError, ValueError) as e:
-            raise UserError(f"The image {file_name} is truncated or no image: {e}.") from e
+            raise BadImageError(f"The image {file_name} is truncated or no image: {e}.") from e
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     if image is None:
-        raise UserError(f"OpenCV cannot decode the image {file_name}.")
+        raise BadImageError(f"OpenCV cannot decode the image {file_name}.")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if format == "RGB" else image
 
 
@@ -91,7 +95,7 @@ class OpenCVDatasetMapper(DatasetMapper):
             The input with ``image``, a (3, H, W) uint8 tensor, and in training ``instances``.
 
         Raises:
-            UserError: see :func:`read_image`; or if the size is not the one in the dataset.
+            BadImageError: see :func:`read_image`; or if the size is not the one in the dataset.
         """
         if torch.utils.data.get_worker_info() is not None:
             cv2.setNumThreads(1)  # the workers are the threads
@@ -100,7 +104,7 @@ class OpenCVDatasetMapper(DatasetMapper):
         try:
             utils.check_image_size(dataset_dict, image)
         except utils.SizeMismatchError as e:
-            raise UserError(str(e)) from e
+            raise BadImageError(str(e)) from e
 
         aug_input = T.AugInput(image)
         transforms = self.augmentations(aug_input)

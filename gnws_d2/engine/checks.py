@@ -10,6 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.utils.file_io import PathManager
 
+from ..config import check_choice
 from ..data import check_coco_json
 from ..utils.errors import UserError
 
@@ -26,6 +27,8 @@ def check_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         UserError: for the first thing that is wrong.
     """
     check_device(cfg)
+    check_choice("INPUT.ON_BAD_IMAGE", cfg.INPUT.ON_BAD_IMAGE, ("stop", "skip"))
+    check_choice("SOLVER.ON_NON_FINITE", cfg.SOLVER.ON_NON_FINITE, ("stop", "skip"))
     _check_workers(cfg, args)
     _check_classes(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
     _check_weights(cfg, args)

@@ -1,6 +1,7 @@
 """Detectron2's default trainer and command line, with what GN+WS models need of them."""
 
 import argparse
+import logging
 import os
 import weakref
 from collections.abc import Iterable
@@ -11,12 +12,12 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import (
-    AMPTrainer,
     DefaultTrainer,
-    SimpleTrainer,
+    HookBase,
     TrainerBase,
     create_ddp_model,
     default_argument_parser,
+    hooks,
 )
 from detectron2.utils import comm
 
@@ -26,6 +27,8 @@ from ..data import OpenCVDatasetMapper, register_coco_datasets
 from ..data.train_loader import TrainLoader, build_train_loader, derive_seed
 from ..evaluation import COCOEvaluator
 from ..utils.errors import UserError
+from .hooks import BestCheckpointer, PeriodicCheckpointer, StopOnSignal
+from .train_loop import FiniteAMPTrainer, FiniteTrainer
 
 # What Detectron2 and yacs raise for a config that they do not take.
 _CONFIG_ERRORS = (
@@ -116,6 +119,8 @@ class Trainer(DefaultTrainer):
     several processes on CPUs.
     """
 
+    iter: int
+
     def __init__(self, cfg: CfgNode):
         # The same objects in the same order as in DefaultTrainer, which always wraps the model for
         # a GPU when there are several processes.
@@ -126,29 +131,73 @@ class Trainer(DefaultTrainer):
         data_loader = self.build_train_loader(cfg)
         ddp_args: dict[str, Any] = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
         model = create_ddp_model(model, broadcast_buffers=False, **ddp_args)
-        self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(
-            model, data_loader, optimizer
+        self.checkpointer = GNWSCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self._trainer = (FiniteAMPTrainer if cfg.SOLVER.AMP.ENABLED else FiniteTrainer)(
+            model,
+            data_loader,
+            optimizer,
+            skip=cfg.SOLVER.ON_NON_FINITE == "skip",
+            last_checkpoint=self.checkpointer.get_checkpoint_file,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = GNWSCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
-    def resume_or_load(self, resume: bool = True) -> None:
+    def build_hooks(self) -> list[HookBase]:
+        """Detectron2's, with the checkpoints of ``SOLVER.CHECKPOINT_KEEP`` and the best one."""
+        cfg = self.cfg
+        ret = []
+        for hook in super().build_hooks():
+            if isinstance(hook, hooks.PeriodicCheckpointer):
+                hook = PeriodicCheckpointer(
+                    self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_KEEP
+                )
+            if isinstance(hook, hooks.EvalHook):
+                ret.append(StopOnSignal(self.checkpointer))
+            ret.append(hook)
+            if isinstance(hook, hooks.EvalHook) and cfg.TEST.EVAL_PERIOD and cfg.DATASETS.TEST:
+                metric = "segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP"
+                if len(cfg.DATASETS.TEST) > 1:
+                    metric = f"{cfg.DATASETS.TEST[0]}/{metric}"
+                ret.append(BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, metric))
+        return ret
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "data_loader": self.data_loader.state_dict(self.iter + 1)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
-        See :class:`DefaultTrainer`. A resumed run goes on with the images, the augmentation and the
-        proposals that it would have had without interruption.
+        Go on with the images, the augmentation and the proposals that would have come next. If the
+        run had another number of processes or batch size, iterations are counted in batches of now,
+        and the learning rate is that of now, as at the start of a run (``SOLVER.BASE_LR``).
         """
-        super().resume_or_load(resume)
-        self._trainer.data_loader.start_iter = self.start_iter
+        base_lrs = list(self.scheduler.base_lrs)
+        super().load_state_dict(state_dict)
+        if "data_loader" not in state_dict:  # of stock Detectron2
+            return
+        start_iter = self.data_loader.load_state_dict(state_dict["data_loader"])
+        if start_iter != self.iter + 1:
+            logging.getLogger(__name__).info(
+                f"The {self.iter + 1} iterations so far, with another batch size, are "
+                f"{start_iter} of {self.max_iter} with SOLVER.IMS_PER_BATCH "
+                f"{self.cfg.SOLVER.IMS_PER_BATCH}."
+            )
+        self.iter = start_iter - 1
+        self.scheduler.base_lrs, self.scheduler.last_epoch = base_lrs, start_iter
+        for group, base_lr, lr in zip(
+            self.optimizer.param_groups, base_lrs, self.scheduler.get_lr()
+        ):
+            group["initial_lr"], group["lr"] = base_lr, lr
 
     def run_step(self) -> None:
-        if self.cfg.SEED >= 0:
-            # Of the proposals that are sampled, so that they do not depend on where a run started.
-            torch.manual_seed(derive_seed(self.cfg.SEED, comm.get_rank(), self.iter))
+        # Of the proposals that are sampled, so that they do not depend on where a run started.
+        torch.manual_seed(derive_seed(self.data_loader.seed, comm.get_rank(), self.iter))
         super().run_step()
+        if self.cfg.INPUT.ON_BAD_IMAGE == "skip":
+            bad_images = sum(comm.all_gather(self.data_loader.num_bad_images))
+            self.storage.put_scalar("bad_images", bad_images, smoothing_hint=False)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:

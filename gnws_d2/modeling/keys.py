@@ -1,5 +1,6 @@
 from detectron2.config import CfgNode
 
+from ..config import check_choice
 from ..utils.errors import UserError
 
 
@@ -22,6 +23,5 @@ def get_kernels(cfg: CfgNode) -> str:
         UserError: if it is neither "auto" nor "reference".
     """
     kernels = cfg.MODEL.GNWS.KERNELS if "GNWS" in cfg.MODEL else "auto"
-    if kernels not in ("auto", "reference"):
-        raise UserError(f'MODEL.GNWS.KERNELS is "{kernels}": set it to "auto" or "reference".')
+    check_choice("MODEL.GNWS.KERNELS", kernels, ("auto", "reference"))
     return kernels

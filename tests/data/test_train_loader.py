@@ -1,13 +1,21 @@
 import itertools
+import logging
+import os
 import random
+import subprocess
+import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from detectron2.data import build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
+from detectron2.utils import comm
 
+from gnws_d2.data.dataset_mapper import BadImageError
 from gnws_d2.data.train_loader import TrainLoader
+from gnws_d2.utils.errors import UserError
 
 
 def draw(record):
@@ -15,32 +23,80 @@ def draw(record):
     return {**record, "draws": (random.random(), np.random.rand())}
 
 
-def records():
-    return [{"i": i, "width": 3, "height": 4 if i % 3 else 2} for i in range(10)]
+def records(n=10):
+    return [
+        {"i": i, "width": 3, "height": 4 if i % 3 else 2, "file_name": f"{i}.jpg"} for i in range(n)
+    ]
 
 
-def make_loader(num_workers=0, seed=0, grouping=True):
+def make_loader(num_workers=0, seed=0, grouping=True, n=10, batch_size=2, **kwargs):
     return TrainLoader(
-        records(),
-        sampler=TrainingSampler(10, seed=0),
-        mapper=draw,
-        batch_size=2,
+        records(n),
+        sampler=TrainingSampler(n, seed=0),
+        mapper=kwargs.pop("mapper", draw),
+        batch_size=batch_size,
         aspect_ratio_grouping=grouping,
         num_workers=num_workers,
         seed=seed,
+        **kwargs,
     )
 
 
-def take(loader, n, start=0):
-    loader.start_iter = start
+def take(loader, n):
     return list(itertools.islice(iter(loader), n))
 
 
 @pytest.mark.parametrize("start", [0, 1, 7, 23])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_starts_anywhere_with_any_number_of_workers(start, num_workers):
-    whole = take(make_loader(), 30)
-    assert take(make_loader(num_workers), 5, start) == whole[start : start + 5]
+def test_goes_on_anywhere_with_any_number_of_workers(start, num_workers):
+    """Also when the config has another seed by then (SEED -1 draws one)."""
+    loader = make_loader()
+    whole = take(loader, 30)
+    resumed = make_loader(num_workers, seed=5)
+    assert resumed.load_state_dict(loader.state_dict(start)) == start
+    assert take(resumed, 5) == whole[start : start + 5]
+
+
+def run_part(monkeypatch, world_size, batch_size, state, iterations, n):
+    """All processes of a part of a run, one after the other: their images, and the state then."""
+    monkeypatch.setattr(comm, "get_world_size", lambda: world_size)
+    images = []
+    for rank in range(world_size):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        loader = make_loader(n=n, batch_size=batch_size)
+        for sampler in [loader._batches.sampler]:
+            sampler._rank, sampler._world_size = 0, 1  # as build_train_loader does
+        start = loader.load_state_dict(state) if state else 0
+        images += [x for batch in take(loader, iterations) for x in batch]
+    return images, loader.state_dict(start + iterations), start
+
+
+@pytest.mark.parametrize("other", [(1, 2), (3, 2), (2, 1), (4, 3), (1, 4)])
+def test_another_number_of_processes_sees_every_image_as_often(monkeypatch, other, caplog):
+    """In 4 epochs of one stream, of which the run has other processes in the 2nd and the 4th."""
+    n, state, seen = 60, None, []
+    for world_size, batch_size in [(2, 2), other, (2, 2), other]:
+        iterations = n // (world_size * batch_size)
+        images, state, start = run_part(monkeypatch, world_size, batch_size, state, iterations, n)
+        # An iteration counts as many images as one has now.
+        assert start == len(seen) // (world_size * batch_size)
+        seen += images
+    counts = Counter(x["i"] for x in seen)
+    # Some images wait for a batch of their shape, one at most of each shape and image of a batch.
+    waiting = 2 * max(2 * 1, other[0] * (other[1] - 1))
+    assert sum(abs(counts[i] - 4) for i in range(n)) <= 2 * waiting
+    # Each position of the stream is taken once: no augmentation comes twice.
+    assert len({x["draws"] for x in seen}) == len(seen) == 4 * n
+    assert f"goes on with {other[0]} with {other[1]}, from the images that are left" in caplog.text
+
+
+def test_resuming_a_part_of_other_processes_is_exact_too(monkeypatch):
+    _, state, _ = run_part(monkeypatch, 2, 2, None, 7, 10)
+    whole, _, start = run_part(monkeypatch, 1, 4, state, 9, 10)
+    assert start == 7
+    part, state, _ = run_part(monkeypatch, 1, 4, state, 4, 10)
+    rest, _, start = run_part(monkeypatch, 1, 4, state, 5, 10)
+    assert start == 11 and part + rest == whole
 
 
 @pytest.mark.parametrize("grouping", [False, True])
@@ -73,3 +129,64 @@ def test_generators_of_the_process_are_left_alone():
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     take(make_loader(), 3)
     assert (random.random(), np.random.rand(), torch.rand(1)) == expected
+
+
+def test_workers_outlive_a_sigterm_that_is_not_their_parents():
+    """A scheduler sends it to all processes; at the end the parent's own ends them."""
+    code = """
+import itertools, multiprocessing, os, signal, subprocess
+from test_train_loader import make_loader, take
+batches = iter(make_loader(2))
+next(batches)
+workers = multiprocessing.active_children()
+for worker in workers:
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+assert list(itertools.islice(batches, 40)) == take(make_loader(), 41)[1:]
+assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=os.path.dirname(__file__),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def bad(record):
+    if record["i"] in (3, 4):
+        raise BadImageError(f"The image {record['file_name']} is empty.")
+    return draw(record)
+
+
+def all_bad(record):
+    raise BadImageError(f"The image {record['file_name']} is empty.")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_image_stops(num_workers):
+    with pytest.raises(BadImageError, match=r"^The image [34]\.jpg is empty\.$"):
+        take(make_loader(num_workers, mapper=bad), 10)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_images_are_replaced_counted_and_logged_once(num_workers, caplog):
+    caplog.set_level(logging.WARNING)
+    loader = make_loader(num_workers, mapper=bad, on_bad_image="skip")
+    batches = take(loader, 25)
+    assert [len(batch) for batch in batches] == [2] * 25
+    assert not {x["i"] for batch in batches for x in batch} & {3, 4}
+    assert not any("bad_images" in x for batch in batches for x in batch)
+    # 5 epochs with two bad images, drawn again as replacements now and then.
+    assert loader.num_bad_images >= 10
+    messages = [r.getMessage() for r in caplog.records]
+    assert len(messages) == 2 and sum("3.jpg is empty" in m for m in messages) == 1
+    assert "(2 bad files so far)" in messages[1]
+    # The same ones, whatever the workers.
+    assert batches == take(make_loader(mapper=bad, on_bad_image="skip"), 25)
+
+
+def test_nothing_but_bad_images_stops():
+    with pytest.raises(UserError, match=r"So are 9 others that were drawn in its place"):
+        take(make_loader(2, mapper=all_bad, on_bad_image="skip"), 1)

@@ -1,0 +1,109 @@
+import os
+import signal
+
+import pytest
+import torch
+from detectron2.engine import TrainerBase
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from gnws_d2.checkpoint import GNWSCheckpointer
+from gnws_d2.engine.hooks import BestCheckpointer, PeriodicCheckpointer, StopOnSignal
+
+
+class Trainer(TrainerBase):
+    """Does in each iteration what it is told, and has no data."""
+
+    def __init__(self, output_dir, hooks, do=lambda iteration: None):
+        super().__init__()
+        self.do = do
+        self.checkpointer = GNWSCheckpointer(nn.Linear(1, 1), str(output_dir), trainer=self)
+        self.register_hooks([make(self.checkpointer) for make in hooks])
+
+    def run_step(self):
+        self.do(self.iter)
+
+    def resume(self):
+        path = self.checkpointer.get_checkpoint_file()
+        self.load_state_dict(torch.load(path)["trainer"])
+        return self.iter + 1
+
+
+def names(output_dir):
+    return sorted(path.stem for path in output_dir.glob("*.pth"))
+
+
+def test_newest_checkpoints_are_kept_and_those_from_before_a_resume_count(tmp_path):
+    hooks = [lambda checkpointer: PeriodicCheckpointer(checkpointer, 2, keep=2)]
+    Trainer(tmp_path, hooks).train(0, 7)
+    assert names(tmp_path) == ["model_0000003", "model_0000005", "model_final"]
+    for name in ("model_0000006", "model_0000090", "model_best", "model_0000004x"):
+        (tmp_path / f"{name}.pth").write_bytes(b"")
+    Trainer(tmp_path, hooks).train(7, 10)
+    # 90 is newer than this run has come.
+    assert names(tmp_path) == [
+        "model_0000004x", "model_0000007", "model_0000009", "model_0000090", "model_best",
+        "model_final",
+    ]  # fmt: skip
+
+
+def test_all_checkpoints_are_kept_by_default(tmp_path):
+    Trainer(tmp_path, [lambda c: PeriodicCheckpointer(c, 2, keep=0)]).train(0, 6)
+    assert names(tmp_path) == ["model_0000001", "model_0000003", "model_0000005", "model_final"]
+
+
+def test_best_checkpoint_is_of_the_best_ap_also_after_a_resume(tmp_path):
+    aps = [10.0, 30.0, float("nan"), 20.0, 25.0, 31.0, 5.0]
+
+    def evaluate(iteration):
+        get_event_storage().put_scalar("bbox/AP", aps[iteration])
+
+    hooks = [
+        lambda checkpointer: PeriodicCheckpointer(checkpointer, 1, keep=1),
+        lambda checkpointer: BestCheckpointer(1, checkpointer, "bbox/AP"),
+    ]
+
+    def best():
+        return torch.load(tmp_path / "model_best.pth")["iteration"]
+
+    Trainer(tmp_path, hooks, evaluate).train(0, 4)
+    assert best() == 1
+    trainer = Trainer(tmp_path, hooks, evaluate)
+    trainer.train(trainer.resume(), 5)
+    assert best() == 1
+    trainer = Trainer(tmp_path, hooks, evaluate)
+    trainer.train(trainer.resume(), 7)
+    assert best() == 5 and names(tmp_path) == ["model_0000006", "model_best", "model_final"]
+
+
+@pytest.mark.parametrize("period", [1, 100])
+def test_sigterm_ends_with_a_checkpoint_after_the_iteration(tmp_path, period, caplog):
+    done = []
+
+    def do(iteration):
+        if iteration == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        done.append(iteration)
+
+    hooks = [lambda c: PeriodicCheckpointer(c, period, keep=0), StopOnSignal]
+    with pytest.raises(SystemExit) as e:
+        Trainer(tmp_path, hooks, do).train(0, 10)
+    assert e.value.code == 143 and done == [0, 1, 2, 3]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
+    assert Trainer(tmp_path, hooks).resume() == 4
+    assert "Stopped by SIGTERM after iteration 3" in caplog.text
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_sigterm_during_an_evaluation_ends_at_once(tmp_path):
+    class Evaluation(BestCheckpointer):
+        def after_step(self):
+            if self.trainer.iter == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise AssertionError("The evaluation went on.")
+
+    hooks = [StopOnSignal, lambda checkpointer: Evaluation(1, checkpointer, "bbox/AP")]
+    with pytest.raises(SystemExit) as e:
+        Trainer(tmp_path, hooks).train(0, 10)
+    assert e.value.code == 143
+    assert Trainer(tmp_path, hooks).resume() == 4
