@@ -1,4 +1,5 @@
-from .coco import check_coco_json, register_coco_datasets
+from .check import check_coco_json
+from .coco import register_coco_datasets
 from .dataset_mapper import OpenCVDatasetMapper, read_image
 from .shapes import register_shapes
 

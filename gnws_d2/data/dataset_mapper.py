@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 from typing import Any
 
 import cv2
@@ -38,7 +39,8 @@ def read_image(file_name: str, format: str) -> np.ndarray:
         (H, W, 3), uint8.
 
     Raises:
-        BadImageError: if the file is missing, empty, truncated or no image.
+        BadImageError: if the file is missing, empty, truncated or no image; or, before anything is
+            decoded, if its header says that it has more than ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
     try:
         with PathManager.open(file_name, "rb") as f:
@@ -47,13 +49,26 @@ def read_image(file_name: str, format: str) -> np.ndarray:
         raise BadImageError(f"Cannot read the image {file_name}: {e.strerror or e}.") from e
     if not data:
         raise BadImageError(f"The image {file_name} is empty.")
-    if not data.endswith(_IMAGE_ENDS):
-        # OpenCV silently fills what is missing of a truncated file with grey; Pillow refuses it.
-        try:
-            Image.open(io.BytesIO(data)).load()
-        except (OSError, SyntaxError, ValueError) as e:
-            raise BadImageError(f"The image {file_name} is truncated or no image: {e}.") from e
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    try:
+        with Image.open(io.BytesIO(data)) as header:
+            width, height = header.size
+            if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError(f"it has {width} x {height} pixels")
+            if not data.endswith(_IMAGE_ENDS):
+                # OpenCV silently fills what is missing of a truncated file with grey; Pillow
+                # refuses it.
+                header.load()
+    except Image.DecompressionBombError as e:
+        raise BadImageError(
+            f"The image {file_name} is larger than the {Image.MAX_IMAGE_PIXELS} pixels of "
+            f"PIL.Image.MAX_IMAGE_PIXELS: {e}. Tile it, or raise the limit."
+        ) from e
+    except (OSError, SyntaxError, ValueError) as e:
+        raise BadImageError(f"The image {file_name} is truncated or no image: {e}.") from e
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error:
+        image = None
     if image is None:
         raise BadImageError(f"OpenCV cannot decode the image {file_name}.")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if format == "RGB" else image

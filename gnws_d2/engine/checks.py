@@ -108,7 +108,7 @@ def _check_classes(cfg: CfgNode, keys: tuple[str, ...]) -> None:
             raise UserError("DATASETS.TRAIN is empty: name a dataset to train on.")
         for name in cfg.DATASETS[key]:
             if name not in classes:
-                classes[name] = _dataset_classes(key, name)
+                classes[name] = _dataset_classes(cfg, key, name)
     num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     first = next(iter(classes), None)
     for name, names in classes.items():
@@ -125,7 +125,7 @@ def _check_classes(cfg: CfgNode, keys: tuple[str, ...]) -> None:
             )
 
 
-def _dataset_classes(key: str, name: str) -> list[str]:
+def _dataset_classes(cfg: CfgNode, key: str, name: str) -> list[str]:
     if name not in DatasetCatalog:
         raise UserError(
             f"DATASETS.{key} names {name}, which is not registered: add "
@@ -142,7 +142,11 @@ def _dataset_classes(key: str, name: str) -> list[str]:
     classes = metadata.get("thing_classes")
     # Classes that are known before the file is read are those of a dataset that comes with
     # Detectron2, or with us, and needs no check.
-    return classes if classes is not None else check_coco_json(json_file, image_root)
+    if classes is not None:
+        return classes
+    return check_coco_json(
+        json_file, image_root, masks=cfg.MODEL.MASK_ON, evaluation=name in cfg.DATASETS.TEST
+    )
 
 
 def _join(names: list[str]) -> str:

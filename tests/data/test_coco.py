@@ -34,18 +34,21 @@ def set_first(**values):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (set_first(id=77, category_id=9), "annotation id 77 has category id 9, .*'categories'"),
-        (set_first(id=77, image_id=99), "annotation id 77 is of image id 99, .*'images'"),
-        (set_first(id=77, bbox=[800, 10, 5, 5]), "annotation id 77 .*outside its image id 0"),
-        (set_first(id=77, bbox=[-9, 10, 5, 5]), "annotation id 77 .*outside its image id 0"),
-        (set_first(id=77, bbox=[1, 2, 3]), "annotation id 77 .*four finite numbers"),
-        (set_first(id=77, bbox=[1, 2, float("nan"), 4]), "annotation id 77 .*four finite numbers"),
+        (set_first(id=1077, category_id=9), "annotation id 1077 has category id 9, .*'categories'"),
+        (set_first(id=1077, image_id=99), "annotation id 1077 is of image id 99, .*'images'"),
+        (set_first(id=1077, bbox=[800, 10, 5, 5]), "annotation id 1077 .*outside its image id 0"),
+        (set_first(id=1077, bbox=[-9, 10, 5, 5]), "annotation id 1077 .*outside its image id 0"),
+        (set_first(id=1077, bbox=[1, 2, 3]), "annotation id 1077 .*four finite numbers"),
+        (
+            set_first(id=1077, bbox=[1, 2, float("nan"), 4]),
+            "annotation id 1077 .*four finite numbers",
+        ),
         (
             lambda coco: coco["images"][3].update(file_name="gone.jpg"),
-            "file of image id 3 does not exist: .*gone.jpg",
+            "image id 3 has a file that does not exist: .*gone.jpg",
         ),
-        (lambda coco: coco.pop("categories"), "COCO's instances format: KeyError.'categories'"),
-        (lambda coco: coco["annotations"][0].pop("bbox"), "COCO's instances format: .*'bbox'"),
+        (lambda coco: coco.pop("categories"), "COCO's instances format: .* no list 'categories'"),
+        (lambda coco: coco["annotations"][0].pop("bbox"), "annotation id 1 has no 'bbox'"),
     ],
 )
 def test_fault_is_named(check, tmp_path, change, message):
@@ -65,8 +68,8 @@ def test_file_that_is_no_coco_json_is_named(tmp_path, text):
 
 def test_box_over_the_edge_is_clipped_with_one_warning(check, caplog):
     with caplog.at_level(logging.WARNING):
-        check(set_first(id=77, bbox=[780, 10, 50, 50]))
-    assert "1 boxes reach over the edge" in caplog.text and "annotation id 77" in caplog.text
+        check(set_first(id=1077, bbox=[780, 10, 50, 50]))
+    assert "1 x box over the edge" in caplog.text and "annotation id 1077" in caplog.text
 
 
 def test_registering_reads_nothing_and_may_be_repeated(photographs, tmp_path):

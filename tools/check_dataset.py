@@ -1,0 +1,58 @@
+#!/usr/bin/env python3
+"""
+List every fault of a dataset in COCO format. The exit status is 1 if there are any; images without
+annotations are none.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections import defaultdict
+
+from gnws_d2.data.check import Fault, check_dataset
+from gnws_d2.utils.errors import UserError, exit_on_user_error
+from gnws_d2.utils.files import replace_file
+
+SHOWN = 10  # of each kind
+
+
+@exit_on_user_error
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("annotations", metavar="ANNOTATIONS", help="the JSON file")
+    parser.add_argument("images", metavar="IMAGES", help="the directory of the images")
+    parser.add_argument("--no-images", action="store_true", help="do not open the images")
+    parser.add_argument("--output", metavar="FILE.json", help="where to write all faults, too")
+    args = parser.parse_args()
+    if not os.path.isdir(args.images):
+        raise UserError(f"The image directory {args.images} does not exist.")
+    kinds: dict[tuple[str, str], list[Fault]] = defaultdict(list)
+    found = check_dataset(args.annotations, args.images, open_images=not args.no_images)
+    for fault in found:
+        kinds[fault.level, fault.kind].append(fault)
+    for (level, kind), faults in sorted(kinds.items()):
+        print(f"{level}: {len(faults)} x {kind}")
+        for fault in faults[:SHOWN]:
+            print(f"  {fault.message}")
+        if len(faults) > SHOWN:
+            print(f"  and {len(faults) - SHOWN} more")
+    total = sum(fault.level != "note" for fault in found)
+    print(f"{args.annotations}: {total} faults")
+    if args.output:
+        report = {
+            "annotations": args.annotations,
+            "images": args.images,
+            "counts": {f"{level}: {kind}": len(faults) for (level, kind), faults in kinds.items()},
+            "faults": [fault._asdict() for fault in found],
+        }
+        try:
+            with replace_file(args.output) as f:
+                json.dump(report, f, indent=1)
+        except OSError as e:
+            raise UserError(f"Cannot write {args.output}: {e.strerror or e}.") from e
+    sys.exit(1 if total else 0)
+
+
+if __name__ == "__main__":
+    main()
