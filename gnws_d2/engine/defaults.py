@@ -20,6 +20,7 @@ from detectron2.engine import (
     hooks,
 )
 from detectron2.utils import comm
+from fvcore.common.config import BASE_KEY
 
 from ..checkpoint import GNWSCheckpointer
 from ..config import add_gnws_config
@@ -30,16 +31,8 @@ from ..utils.errors import UserError
 from .hooks import BestCheckpointer, PeriodicCheckpointer, StopOnSignal
 from .train_loop import FiniteAMPTrainer, FiniteTrainer
 
-# What Detectron2 and yacs raise for a config that they do not take.
-_CONFIG_ERRORS = (
-    AssertionError,
-    AttributeError,
-    KeyError,
-    OSError,
-    TypeError,
-    ValueError,
-    yaml.YAMLError,
-)
+# What is no config: larger, or with more files in its chain of _BASE_, than any.
+_MAX_CONFIG_BYTES, _MAX_CONFIG_FILES = 2**20, 100
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -83,6 +76,8 @@ def get_config(args: argparse.Namespace) -> CfgNode:
 
 def load_config(config_file: str, opts: list[str]) -> CfgNode:
     """
+    Read a config without running code that it may ask for.
+
     Args:
         config_file: path of a YAML file.
         opts: KEY VALUE pairs that override it.
@@ -91,26 +86,67 @@ def load_config(config_file: str, opts: list[str]) -> CfgNode:
         A frozen config.
 
     Raises:
-        UserError: for a config file, key or value that Detectron2 does not take.
+        UserError: for a config file, key or value that Detectron2 does not take; or for precomputed
+            proposals, which Detectron2 reads as pickles.
     """
     cfg = get_cfg()
     add_gnws_config(cfg)
     try:
+        _check_config_file(config_file, [])
         cfg.merge_from_file(config_file, allow_unsafe=False)
-    except _CONFIG_ERRORS as e:
+    except UserError:
+        raise
+    except Exception as e:  # Detectron2, yacs and YAML can fail in any way
         raise UserError(f"--config-file {config_file}: {_one_line(e)}") from e
     try:
         cfg.merge_from_list(opts)
-    except _CONFIG_ERRORS as e:
+    except Exception as e:
         raise UserError(
             f"Command line: {_one_line(e)} Options like --resume go before KEY VALUE pairs."
         ) from e
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise UserError(
+            "MODEL.LOAD_PROPOSALS is set: files of proposals are pickles, which can run code when "
+            "loaded. Set it to False."
+        )
     cfg.freeze()
     return cfg
 
 
+def _check_config_file(path: str, files: list[str]) -> None:
+    """Detectron2 would fetch a `_BASE_`, follow it without end, or fail without naming it."""
+    files.append(path)
+    if len(files) > _MAX_CONFIG_FILES:
+        raise UserError(
+            f"--config-file {files[0]}: its _BASE_ leads to more than {_MAX_CONFIG_FILES} files, "
+            f"the last of them {path}: does one lead back to itself?"
+        )
+    if not os.path.isfile(path):
+        whose = "" if path == files[0] else f" (the _BASE_ of {files[-2]})"
+        raise UserError(f"The config file {path}{whose} does not exist or is no file.")
+    with open(path, "rb") as f:
+        text = f.read(_MAX_CONFIG_BYTES + 1)
+    if len(text) > _MAX_CONFIG_BYTES:
+        raise UserError(f"The config file {path} is larger than {_MAX_CONFIG_BYTES} bytes.")
+    try:
+        if b"*" in text and any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text)):
+            # A few lines of them can stand for more than the memory holds.
+            raise UserError(f"The config file {path} has aliases (*name): write them out.")
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise UserError(f"The config file {path} is not valid: {_one_line(e)}") from e
+    if not isinstance(content, dict):
+        raise UserError(f"The config file {path} does not consist of KEY: VALUE lines.")
+    bases = content.get(BASE_KEY, [])
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str) or "://" in base:
+            raise UserError(f"The config file {path} has the _BASE_ {base}, no local file.")
+        _check_config_file(os.path.join(os.path.dirname(path), os.path.expanduser(base)), files)
+
+
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error.args[0] if error.args else error).split())
+    text = str(error.args[0] if isinstance(error, KeyError) else error) or type(error).__name__
+    return " ".join(text.split())[:500]
 
 
 class Trainer(DefaultTrainer):

@@ -17,7 +17,8 @@ class UserError(Exception):
 
     def __init__(self, message: str):
         # torch.utils.data re-raises a loader worker's error with its traceback before the message.
-        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+        message = message.rpartition(f"{type(self).__name__}: ")[2].strip()
+        super().__init__(" ".join(message.splitlines()))  # names in a file may have any characters
 
 
 def exit_on_user_error(main: Callable) -> Callable:

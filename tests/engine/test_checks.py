@@ -92,6 +92,64 @@ def test_faulty_yaml_is_named(fails, tmp_path):
         assert str(path) in fails("--config-file", str(path))
 
 
+TAG = "!!python/object/apply:os.system ['touch {ran}']"
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"a": f"SEED: {TAG}"}, "a.yaml is not valid: .*os.system"),
+        (
+            {"a": "_BASE_: b.yaml", "b": "_BASE_: c.yaml", "c": f"SEED: {TAG}"},
+            "c.yaml is not valid",
+        ),
+        ({"a": "_BASE_: [b.yaml, c.yaml]", "b": "SEED: 1", "c": f"- {TAG}"}, "c.yaml is not valid"),
+        (
+            {"a": "_BASE_: http://127.0.0.1:1/b.yaml"},
+            "a.yaml has the _BASE_ http://.*, no local file",
+        ),
+        ({"a": "_BASE_: {b: c}"}, "a.yaml has the _BASE_ .*, no local file"),
+        ({"a": "_BASE_: a.yaml"}, "a.yaml: its _BASE_ leads to more than 100 files"),
+        ({"a": "_BASE_: [c.yaml, b.yaml]", "b": "_BASE_: a.yaml", "c": "SEED: 1"}, "more than 100"),
+        ({"a": "_BASE_: gone.yaml"}, r"gone.yaml \(the _BASE_ of .*a.yaml\) does not exist"),
+        ({"a": "_BASE_: /dev/zero"}, "/dev/zero .* is no file"),
+        ({"a": "_BASE_: b.yaml", "b": "- 1"}, "b.yaml does not consist of KEY: VALUE"),
+        ({"a": ""}, "a.yaml does not consist of KEY: VALUE"),
+        ({"a": "_BASE_"}, "a.yaml does not consist of KEY: VALUE"),
+        ({"a": "[" * 50_000}, "a.yaml: maximum recursion depth"),
+        ({"a": "#" * 2_000_000}, "a.yaml is larger than"),
+        ({"a": "A: &a {B: 1}\nC: {<<: [*a, *a]}"}, "a.yaml has aliases"),
+        ({"a": "SEED: \0"}, "a.yaml is not valid"),
+        ({"a": "MODEL: {LOAD_PROPOSALS: True}"}, "MODEL.LOAD_PROPOSALS .* pickles"),
+    ],
+)
+def test_config_from_others_is_refused_and_runs_no_code(fails, tmp_path, files, message):
+    for name, text in files.items():
+        text = text.replace("{ran}", str(tmp_path / "ran"))
+        (tmp_path / f"{name}.yaml").write_text(text)
+    error = fails("--config-file", str(tmp_path / "a.yaml"))
+    assert re.search(message, error), error
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        ["SEED", "__import__('os').mkdir('ran')"],
+        ["OUTPUT_DIR.x", "__import__('os').mkdir('ran')"],
+        ["MODEL", "None"],
+        ["SEED", "-" * 100_000 + "1"],
+        ["SEED", "(" * 300],
+        ["_BASE_", "x.yaml"],
+        ["", ""],
+        ["MODEL.LOAD_PROPOSALS", "True"],
+    ],
+)
+def test_value_of_the_command_line_is_refused_and_runs_no_code(fails, tmp_path, opts):
+    assert len(fails("--config-file", QUICK_START, *opts)) < 1000
+    assert not (tmp_path / "ran").exists()
+
+
 def test_missing_gpu_is_named(fails, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "MODEL.DEVICE cpu" in fails("--config-file", QUICK_START, "MODEL.DEVICE", "cuda")
@@ -118,6 +176,18 @@ def test_missing_files_of_a_dataset_are_named(fails, photographs, tmp_path):
             "--config-file", QUICK_START, "DATASETS.TRAIN", f"('{name}',)",
         )  # fmt: skip
         assert f"{name} does not exist: {missing}" in error
+
+
+def test_masks_from_annotations_without_segmentation_are_an_error(fails, photographs, tmp_path):
+    coco = photographs.coco()
+    del coco["annotations"][5]["segmentation"]
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps(coco))
+    error = fails(
+        "--dataset", "boxes", str(path), str(photographs.images),
+        "--config-file", QUICK_START, "DATASETS.TRAIN", "('boxes',)",
+    )  # fmt: skip
+    assert f"{path}: annotation id 6 has no 'segmentation'" in error and "MODEL.MASK_ON" in error
 
 
 def test_faulty_annotation_is_named(fails, photographs, tmp_path):
