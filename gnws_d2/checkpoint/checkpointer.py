@@ -2,6 +2,7 @@
 
 import os
 import re
+import zipfile
 from typing import Any
 
 import torch
@@ -34,16 +35,25 @@ def load_checkpoint(path: str) -> dict[str, Any]:
         The checkpoint in Detectron2's format.
 
     Raises:
-        UserError: if the file is damaged, needs code to be run, has no known format, or has
-            weights that are not finite.
+        UserError: if the file is damaged, needs code to be run, has no known format, claims to be
+            larger than it is, or has weights that are not finite.
     """
     try:
         with PathManager.open(path, "rb") as f:
             start = f.read(64).lstrip().lower()
             f.seek(0)
+            if zipfile.is_zipfile(f):
+                with zipfile.ZipFile(f) as z:
+                    unpacked = sum(entry.file_size for entry in z.infolist())
+                if unpacked > os.fstat(f.fileno()).st_size:
+                    # torch.save does not compress: a small file could fill the memory.
+                    raise UserError(f"The file {path} is compressed: unpack it and save it again.")
+            f.seek(0)
             checkpoint = torch.load(f, map_location="cpu", weights_only=True)
     except OSError as e:
         raise UserError(f"Cannot read the checkpoint {path}: {e.strerror or e}.") from e
+    except UserError:
+        raise
     except Exception as e:  # a damaged file can fail in any way
         if start.startswith((b"<!doctype", b"<html", b"<?xml")):
             why = "is a web page, not a checkpoint: its download failed"
@@ -60,7 +70,18 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     except UserError as e:
         raise UserError(f"The checkpoint {path} cannot be used: {e}") from e
     for name, value in converted["model"].items():
-        if torch.is_tensor(value) and not value.isfinite().all():
+        try:
+            # Strides of 0 would make a few bytes as large as one likes.
+            whole = value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+            finite = whole and bool(value.isfinite().all())
+        except RuntimeError as e:  # sparse, quantized, without values and others
+            raise UserError(f"The checkpoint {path} has a tensor of no use in {name}.") from e
+        if not whole:
+            raise UserError(
+                f"The checkpoint {path} has fewer values in {name} than its shape "
+                f"{list(value.shape)} says."
+            )
+        if not finite:
             raise UserError(f"The checkpoint {path} has values that are not finite in {name}.")
     return converted
 

@@ -54,11 +54,21 @@ def convert_to_detectron2(checkpoint: Any) -> dict[str, Any]:
     Raises:
         UserError: if it is none of these, or a model with BatchNorm. The message has no file name.
     """
-    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("model"), dict):
-        return checkpoint
-    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    state = checkpoint
+    for key in ("model", "state_dict"):
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
+            state = checkpoint[key]
+            break
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    ):
         raise UserError("it holds no state dict.")
+    if checkpoint.get("model") is state:
+        if not isinstance(checkpoint.get("weight_standardization", False), bool):
+            raise UserError("its weight_standardization is neither True nor False.")
+        return checkpoint
     state = {
         key.removeprefix("module."): value  # of DistributedDataParallel
         for key, value in state.items()
@@ -109,7 +119,7 @@ def _rename(state: dict[str, Tensor], to_detectron2: bool) -> dict[str, Tensor]:
         layer, _, parameter = key.rpartition(".")
         for mmdet, detectron2, offsets in _LAYERS:
             source, target = (mmdet, detectron2) if to_detectron2 else (detectron2, mmdet)
-            match = re.fullmatch(re.escape(source).replace(r"\{\}", r"(\d+)"), layer)
+            match = re.fullmatch(re.escape(source).replace(r"\{\}", r"(\d{1,4})"), layer)
             if match:
                 signed = (o if to_detectron2 else -o for o in offsets)
                 numbers = (int(n) + o for n, o in zip(match.groups(), signed))

@@ -3,6 +3,8 @@ import pickle
 import signal
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,6 +180,73 @@ def test_code_in_a_checkpoint_is_not_run(save, tmp_path, zip_format):
     with pytest.raises(UserError, match=r"holds posix.system, which would run code .*refused"):
         load_checkpoint(path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_pickle_of_the_zoo_and_code_in_any_format_are_not_run_by_the_checkpointer(tmp_path):
+    """Detectron2 itself unpickles .pkl files, and its proposals."""
+    for i, suffix in enumerate((".pkl", ".pth", ".pyth", "")):
+        for j, content in enumerate((_Malicious(tmp_path / "ran"), {"model": {}})):
+            path = tmp_path / f"model{i}{j}{suffix}"
+            path.write_bytes(pickle.dumps({"model": content, "__author__": "x"}, protocol=2))
+            with pytest.raises(UserError, match=f"{path} .*refused"):
+                GNWSCheckpointer(torch.nn.Linear(2, 2)).load(str(path))
+    assert not (tmp_path / "ran").exists()
+
+
+NAME = "backbone.bottom_up.a"
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (
+            lambda: torch.zeros(1).expand(10**13),
+            rf"fewer values in {NAME} than .*\[10000000000000\]",
+        ),
+        (lambda: torch.empty(10**13, device="meta"), f"no use in {NAME}"),
+        (lambda: torch.sparse_coo_tensor(size=(10**6, 10**6)), f"no use in {NAME}"),
+        (lambda: 3, "no state dict"),
+    ],
+)
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_tensor_that_is_not_what_it_says_is_named(save, value, message, zip_format):
+    for checkpoint in ({NAME: value()}, {"model": {NAME: value()}}):
+        path = save(checkpoint, _use_new_zipfile_serialization=zip_format)
+        with pytest.raises(UserError, match=message):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_more_values_than_there_are_is_an_error_without_the_memory(save, zip_format):
+    path = save({NAME: torch.zeros(1000)}, _use_new_zipfile_serialization=zip_format)
+    entries = {}
+    if zip_format:
+        with zipfile.ZipFile(path) as z:
+            entries = {name: z.read(name) for name in z.namelist()}
+    else:
+        entries = {path: Path(path).read_bytes()}
+    number, absurd = b"M\xe8\x03", b"\x8a\x06" + (10**13).to_bytes(6, "little")
+    assert any(number in content for content in entries.values())
+    entries = {name: content.replace(number, absurd) for name, content in entries.items()}
+    if zip_format:
+        with zipfile.ZipFile(path, "w") as z:
+            for name, content in entries.items():
+                z.writestr(name, content)
+    else:
+        Path(path).write_bytes(entries[path])
+    with pytest.raises(UserError, match=path):
+        load_checkpoint(path)
+
+
+def test_zip_that_grows_when_unpacked_is_refused(save):
+    path = save({NAME: torch.zeros(1_000_000)})
+    with zipfile.ZipFile(path) as z:
+        entries = {name: z.read(name) for name in z.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+        for name, content in entries.items():
+            z.writestr(name, content)
+    with pytest.raises(UserError, match=f"{path} is compressed"):
+        load_checkpoint(path)
 
 
 def test_values_that_are_not_finite_are_named(save):
