@@ -24,5 +24,5 @@ setup(
         "torchvision",
         "tqdm",
     ],
-    extras_require={"dev": ["mypy", "pytest", "ruff", "types-PyYAML"]},
+    extras_require={"dev": ["hypothesis", "mypy", "pytest", "ruff", "types-PyYAML"]},
 )

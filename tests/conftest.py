@@ -11,7 +11,18 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 from detectron2.data import MetadataCatalog
+from hypothesis import HealthCheck, settings
 from server import Server
+
+settings.register_profile("short", max_examples=150, derandomize=True, deadline=None, database=None)
+settings.register_profile(
+    "fuzz",
+    max_examples=100_000,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+settings.load_profile("short")
 
 ASSETS = Path(__file__).parent / "assets"
 

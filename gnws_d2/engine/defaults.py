@@ -31,8 +31,9 @@ from ..utils.errors import UserError
 from .hooks import BestCheckpointer, PeriodicCheckpointer, StopOnSignal
 from .train_loop import FiniteAMPTrainer, FiniteTrainer
 
-# What is no config: larger, or with more files in its chain of _BASE_, than any.
-_MAX_CONFIG_BYTES, _MAX_CONFIG_FILES = 2**20, 100
+# No config has more bytes, files in its chain of _BASE_, or aliases (*name): Detectron2 writes two,
+# and many can stand for more than the memory holds.
+_MAX_CONFIG_BYTES, _MAX_CONFIG_FILES, _MAX_CONFIG_ALIASES = 2**18, 100, 10
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -129,9 +130,14 @@ def _check_config_file(path: str, files: list[str]) -> None:
     if len(text) > _MAX_CONFIG_BYTES:
         raise UserError(f"The config file {path} is larger than {_MAX_CONFIG_BYTES} bytes.")
     try:
-        if b"*" in text and any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text)):
-            # A few lines of them can stand for more than the memory holds.
-            raise UserError(f"The config file {path} has aliases (*name): write them out.")
+        aliases = (
+            sum(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text)) if b"*" in text else 0
+        )
+        if aliases > _MAX_CONFIG_ALIASES:
+            raise UserError(
+                f"The config file {path} has {aliases} aliases (*name), more than "
+                f"{_MAX_CONFIG_ALIASES}: write them out."
+            )
         content = yaml.safe_load(text)
     except yaml.YAMLError as e:
         raise UserError(f"The config file {path} is not valid: {_one_line(e)}") from e

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import train_net
+from gnws_d2.engine import load_config
 
 ROOT = Path(__file__).parent.parent.parent
 QUICK_START = str(ROOT / "configs" / "quick_start.yaml")
@@ -118,7 +120,7 @@ TAG = "!!python/object/apply:os.system ['touch {ran}']"
         ({"a": "_BASE_"}, "a.yaml does not consist of KEY: VALUE"),
         ({"a": "[" * 50_000}, "a.yaml: maximum recursion depth"),
         ({"a": "#" * 2_000_000}, "a.yaml is larger than"),
-        ({"a": "A: &a {B: 1}\nC: {<<: [*a, *a]}"}, "a.yaml has aliases"),
+        ({"a": "A: &a {B: 1}\nC: {<<: [" + "*a, " * 11 + "]}"}, "a.yaml has 11 aliases"),
         ({"a": "SEED: \0"}, "a.yaml is not valid"),
         ({"a": "MODEL: {LOAD_PROPOSALS: True}"}, "MODEL.LOAD_PROPOSALS .* pickles"),
     ],
@@ -130,6 +132,14 @@ def test_config_from_others_is_refused_and_runs_no_code(fails, tmp_path, files, 
     error = fails("--config-file", str(tmp_path / "a.yaml"))
     assert re.search(message, error), error
     assert not (tmp_path / "ran").exists()
+
+
+def test_config_that_a_run_has_written_is_read(tmp_path):
+    cfg = load_config(COCO_CONFIG, ["SEED", "3"])
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    assert "*id" in cfg.dump()
+    read = load_config(str(tmp_path / "config.yaml"), [])
+    assert yaml.safe_load(read.dump()) == yaml.safe_load(cfg.dump())
 
 
 @pytest.mark.parametrize(

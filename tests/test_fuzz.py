@@ -1,0 +1,392 @@
+"""
+Whatever is in a file of annotations, a checkpoint or a config, it is read, or a UserError says why
+not, and no code in it runs. For long: pytest tests/test_fuzz.py --hypothesis-profile fuzz
+--hypothesis-seed 0.
+"""
+
+import contextlib
+import copy
+import io
+import itertools
+import json
+import logging
+import os
+import pickle
+import sys
+import zipfile
+
+import pycocotools.mask as mask_util
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from hypothesis import event, example, given
+from hypothesis import strategies as st
+
+from gnws_d2.checkpoint import convert_to_detectron2, convert_to_mmdet, load_checkpoint
+from gnws_d2.data.check import check_coco_json
+from gnws_d2.engine import load_config
+from gnws_d2.utils.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# What code that a file asks for would do here, as Python's audit events.
+WATCHED = {
+    "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.mkdir", "os.remove", "os.rename",
+    "subprocess.Popen", "socket.connect", "socket.getaddrinfo", "urllib.Request",
+}  # fmt: skip
+watching, seen = [False], []
+
+
+def audit(name, args):
+    if watching[0] and name in WATCHED:
+        seen.append((name, args))
+
+
+sys.addaudithook(audit)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    logging.disable(logging.CRITICAL)
+    directory = tmp_path_factory.mktemp("fuzz")
+    (directory / "images").mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (directory / "images" / name).write_bytes(b"")
+    (directory / "base.yaml").write_text("VERSION: 2\nMODEL: {MASK_ON: True}\nSEED: 1\n")
+    yield directory
+    logging.disable(logging.NOTSET)
+
+
+def outcome(function, *args):
+    """The function's value, or None if it raised a UserError of one line. No code has run."""
+    seen.clear()
+    watching[0] = True
+    try:
+        value = function(*args)
+    except UserError as e:
+        assert str(e) and len(str(e).splitlines()) == 1
+        value = None
+    finally:
+        watching[0] = False
+    assert not seen
+    event("refused" if value is None else "taken")
+    return value
+
+
+# Decisions, which a mutator takes one by one; when they end, it ends.
+decisions = st.binary(min_size=2, max_size=9)
+structured = st.binary(min_size=2, max_size=20)
+
+
+class Choice:
+    def __init__(self, data):
+        self.data = iter(data)
+
+    def __bool__(self):
+        first = next(self.data, None)
+        if first is not None:
+            self.data = itertools.chain([first], self.data)
+        return first is not None
+
+    def below(self, n):
+        value = next(self.data, 0)
+        if n > 256:
+            value = value * 256 + next(self.data, 0)
+        return value % n
+
+    def of(self, values):
+        return values[self.below(len(values))]
+
+
+def mutate_bytes(content, choice, tokens):
+    content = bytearray(content)
+    while choice:
+        kind, at = choice.below(6), choice.below(len(content) + 1)
+        if kind == 0:
+            content = content[:at]
+        elif kind == 1:
+            content[at : at + 1] = bytes([choice.below(256)])
+        elif kind == 2 and at < len(content):
+            content[at] ^= 1 << choice.below(8)
+        elif kind == 3:
+            del content[at : at + choice.below(32)]
+        elif kind == 4:
+            content[at:at] = content[choice.below(len(content) + 1) :][: choice.below(64)]
+        else:
+            content[at:at] = choice.of(tokens)
+    return bytes(content)
+
+
+COCO = {
+    "images": [
+        {"id": 1, "file_name": "a.jpg", "width": 8, "height": 6},
+        {"id": 2, "file_name": "b.jpg", "width": 6, "height": 8},
+    ],
+    "annotations": [
+        {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 4.5, 3], "area": 9, "iscrowd": 0,
+         "segmentation": [[1, 1, 5.5, 1, 1, 4]], "keypoints": [1, 1, 2]},
+        {"id": 2, "image_id": 1, "category_id": 3, "bbox": [0, 0, 8, 6], "area": 48, "iscrowd": 1,
+         "segmentation": {"size": [6, 8], "counts": [8, 40]}},
+        {"id": 3, "image_id": 2, "category_id": 1, "bbox": [0, 0, 3, 3], "area": 9, "iscrowd": 0,
+         "segmentation": {"size": [8, 6], "counts": "035000h0"}},
+    ],
+    "categories": [{"id": 1, "name": "a"}, {"id": 3, "name": "b"}],
+}  # fmt: skip
+ODD = [
+    None, True, False, 0, 1, 2, 3, -1, 1.0, 1.5, 8, 1e9, -1e300, 10**9, 2**31, 2**63, 10**30,
+    10**400,
+    float("nan"), float("inf"), "", "1", "a", "a.jpg", "../a.jpg", "/etc/passwd", "a\0", "\ud800",
+    "é",
+    "PPPP", "o" * 40, "X" * 5000, [], {}, [[]], [{}], [1], [1, 2, 3, 4], [1, 1, 5, 1, 1, 4], [[1,
+    2]],
+    [None] * 4, {"id": 1}, {"size": [6, 8], "counts": [48]}, {"size": [6, 8], "counts": "P"},
+    {"size": [8, 6], "counts": "`1"}, {"counts": []}, "id", "width", "ignore", "keypoints", "bbox",
+]  # fmt: skip
+KEYS_OF_COCO = {key for items in COCO.values() for item in items for key in item} | {"ignore", "x"}
+JSON_TOKENS = [
+    b"{", b"}", b"[", b"]", b'"', b":", b",", b"null", b"true", b"NaN", b"-Infinity", b"1e999",
+    b"9" * 5000,
+    b"[" * 3000, b'{"":' * 3000, b"\\ud800", b"\xff", b"\0", b'"images":', b'"annotations":null',
+    b"-",
+]  # fmt: skip
+
+
+def mutate_json(content, choice):
+    whole = [content]
+    while choice:
+        parent, key = whole, 0
+        while isinstance(parent[key], (dict, list)) and parent[key] and choice.below(5):
+            parent = parent[key]
+            key = choice.of(list(parent)) if isinstance(parent, dict) else choice.below(len(parent))
+        kind = choice.below(4)
+        if kind == 0 and parent is not whole:
+            del parent[key]
+        elif kind == 1 and isinstance(parent, list) and parent is not whole:
+            parent.append(copy.deepcopy(parent[key]))
+        elif kind == 1 and isinstance(parent[key], dict):
+            parent[key][choice.of(sorted(KEYS_OF_COCO))] = copy.deepcopy(choice.of(ODD))
+        else:
+            parent[key] = copy.deepcopy(choice.of(ODD))
+    return whole[0]
+
+
+@given(structured, decisions, st.sampled_from(["json", "json", "bytes", "both"]))
+def test_annotations(directory, first, second, how):
+    path = directory / "a.json"
+    content = copy.deepcopy(COCO)
+    if how != "bytes":
+        content = mutate_json(content, Choice(first))
+    content = json.dumps(content).encode()
+    if how != "json":
+        content = mutate_bytes(content, Choice(second), JSON_TOKENS)
+    path.write_bytes(content)
+
+    def check():
+        return check_coco_json(str(path), str(directory / "images"), masks=True, evaluation=True)
+
+    names = outcome(check)
+    if names is None:
+        return
+    # What passes, Detectron2 loads, and pycocotools makes masks of.
+    records = load_coco_json(str(path), str(directory / "images"), "fuzz")
+    MetadataCatalog.pop("fuzz")
+    assert all(isinstance(name, str) for name in names) and len(records) > 0
+    for record in records:
+        size = record["height"], record["width"]
+        for annotation in record["annotations"]:
+            assert 0 <= annotation["category_id"] < len(names)
+            masks = annotation["segmentation"]
+            if isinstance(masks, list):
+                masks = mask_util.merge(mask_util.frPyObjects(masks, *size))
+            assert mask_util.area(masks) <= size[0] * size[1]
+
+
+class RunsCode:
+    def __reduce__(self):
+        return (os.system, ("true",))
+
+
+def saved(content, **kwargs):
+    file = io.BytesIO()
+    torch.save(content, file, **kwargs)
+    return file.getvalue()
+
+
+DETECTOR = {
+    "backbone.conv1.weight": torch.ones(2, 1, 2, 2),
+    "backbone.layer1.0.conv1.weight": torch.arange(4.0),
+    "neck.fpn_convs.0.gn.bias": torch.ones(3).half(),
+    "ema_backbone_conv1_weight": torch.ones(3),
+}
+BACKBONE = {
+    "module.layer1.0.conv1.weight": torch.ones(4),
+    "module.layer1.0.bn1.weight": torch.nn.Parameter(torch.ones(4)),
+    "fc.weight": torch.ones(2, 2),
+}
+OWN = {"model": {"roi_heads.a": torch.ones(3)}, "iteration": 3, "weight_standardization": True}
+CHECKPOINTS = [
+    saved(content, _use_new_zipfile_serialization=zip_format)
+    for content in ({"meta": {}, "state_dict": DETECTOR}, BACKBONE, OWN, {"model": RunsCode()})
+    for zip_format in (True, False)
+] + [pickle.dumps(OWN | {"model": {"a": RunsCode()}}, protocol=p) for p in (0, 2, 4)]
+PICKLE_TOKENS = [
+    b"cos\nsystem\n", b"cbuiltins\nbytearray\n", b"cbuiltins\neval\n", b"ctorch\nSize\n",
+    b"ccollections\nOrderedDict\n",
+    b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nFloatStorage\n", b"(", b")", b"R", b"}", b"]",
+    b"t", b"u",
+    b"s", b"Q", b"b", b"\x81", b"\x85", b"\x86", b"\x88", b"N", b"K\x00", b"J\xff\xff\xff\x7f",
+    b"J\x00\x00\x00\x80",
+    b"\x8a\x06\xff\xff\xff\xff\xff\x7f", b"X\x01\x00\x00\x00a", b"X\xff\xff\xff\x7f", b"q\x00",
+    b"h\x00", b"0", b"2",
+    b".", b"\x80\x02", b"PK\x03\x04", b"PK\x05\x06", b"PK\x01\x02", b"\xff\xff\xff\xff",
+]  # fmt: skip
+
+
+def mutate_entries(content, choice):
+    """A whole zip file, with right sums, of mutated files."""
+    source, target = zipfile.ZipFile(io.BytesIO(content)), io.BytesIO()
+    names = source.namelist()
+    chosen = names[0] if choice.below(4) else choice.of(names)  # the first is the pickle
+    with zipfile.ZipFile(target, "w") as z:
+        for name in names:
+            entry = source.read(name)
+            z.writestr(
+                name, mutate_bytes(entry, choice, PICKLE_TOKENS) if name == chosen else entry
+            )
+    return target.getvalue()
+
+
+@given(decisions, st.integers(0, len(CHECKPOINTS) - 1), st.booleans())
+def test_checkpoints(directory, choices, which, entries):
+    content, choice = CHECKPOINTS[which], Choice(choices)
+    if entries and content.startswith(b"PK"):
+        content = mutate_entries(content, choice)
+    else:
+        content = mutate_bytes(content, choice, [*PICKLE_TOKENS, content[-200:], content[:200]])
+    path = directory / "model.pth"
+    path.write_bytes(content)
+    checkpoint = outcome(load_checkpoint, str(path))
+    if checkpoint is not None:
+        check_state(checkpoint["model"])
+        assert all(value.isfinite().all() for value in checkpoint["model"].values())
+
+
+def check_state(state):
+    assert state and all(isinstance(name, str) for name in state)
+    outcome(convert_to_mmdet, {"model": state})
+
+
+NAMES = st.lists(
+    st.sampled_from(
+        ["module", "backbone", "bottom_up", "layer1", "layer9", "0", "99999", "\u0663", "conv1",
+         "bn1",
+         "gn1", "weight", "bias", "roi_heads", "roi_head", "bbox_head", "shared_fcs", "fc", "neck",
+         "running_mean", "proposal_generator", "ema_", "state_dict", "model", "", "\n", "\ud800"]
+    ),
+    max_size=6,
+).map(".".join)  # fmt: skip
+TENSORS = st.sampled_from([torch.ones(1), torch.ones(1, 2), torch.zeros(0)])
+KNOWN = st.sampled_from(
+    [*DETECTOR, *BACKBONE, *OWN["model"], "backbone.layer" + "9" * 5000 + ".0.gn1.b"]
+)
+KEYS = st.one_of(KNOWN, NAMES, st.none() | st.integers() | st.binary(max_size=2))
+STATES = st.builds(
+    lambda state, others: state | others,
+    st.sampled_from([DETECTOR, BACKBONE, OWN["model"], {}]),
+    st.dictionaries(st.one_of(KNOWN, NAMES), TENSORS, max_size=3),
+)
+CONTENTS = st.recursive(
+    st.one_of(TENSORS, STATES, st.none(), st.booleans(), st.text(max_size=2)),
+    lambda inner: st.one_of(
+        st.dictionaries(st.sampled_from(["model", "state_dict", "weight_standardization"]), inner),
+        st.dictionaries(KEYS, inner, max_size=4),
+        st.lists(inner, max_size=2),
+    ),
+    max_leaves=5,
+)
+
+
+@given(CONTENTS)
+@example({1: torch.ones(1)})
+@example({"model": {"a": 3}})
+@example(
+    {"backbone.layer1.0.conv1.weight": TENSORS, "backbone.layer" + "9" * 5000 + ".0.gn1.b": TENSORS}
+)
+def test_contents_of_checkpoints(content):
+    converted = outcome(convert_to_detectron2, content)
+    if converted is not None:
+        check_state(converted["model"])
+
+
+CONFIG = b"""_BASE_: base.yaml
+MODEL:
+  ROI_HEADS: {NUM_CLASSES: 3}
+  WEIGHTS: ""
+DATASETS:
+  TRAIN: ("a", "b")
+INPUT:
+  MIN_SIZE_TRAIN: [640, 800]
+SOLVER:
+  BASE_LR: 0.01
+  STEPS: (1, 2)
+SEED: 3
+"""
+YAML_TOKENS = [
+    b"!!python/object/apply:os.system ['true']", b"!!python/name:os.system", b"!!python/module:os",
+    b"!!map ",
+    b"!!binary x", b"!!set {a}", b"!!timestamp 2001-99-99", b"2001-01-01", b"!!omap [a: 1]", b"!x ",
+    b"&a ", b"*a",
+    b"<<: ", b"_BASE_: ", b"_BASE_: a.yaml\n", b"_BASE_: [base.yaml, base.yaml]\n",
+    b"_BASE_: http://127.0.0.1:1/\n",
+    b"VERSION: 1\n", b"VERSION: x\n", b"? ", b"- ", b"---\n", b"...\n", b"%TAG ! x\n",
+    b"%YAML 9.9\n", b"{", b"}", b"[", b"]",
+    b": ", b"\n", b"\n  ", b"\t", b"'", b'"', b"#", b"|\n", b">\n", b"~", b"null", b".nan",
+    b"1:1:1", b"0x", b"9" * 5000,
+    b"\xff", b"\0", b"\xc2\x85", b"[" * 2000, b"MODEL: ", b"MODEL: 3\n", b"MODEL: null\n",
+    b"SEED: []\n", b"1: 2\n",
+    b"NEW: 1\n", b"__import__('os').system('true')", b"MODEL: {LOAD_PROPOSALS: True}\n",
+    b"MODEL: {MASK_ON: 1}\n",
+]  # fmt: skip
+OPT_KEYS = st.sampled_from(
+    ["SEED", "MODEL", "MODEL.WEIGHTS", "MODEL.WEIGHTS.x", "MODEL.LOAD_PROPOSALS", "SOLVER.STEPS",
+     "_BASE_", "",
+     ".", "MODEL.", "INPUT.MIN_SIZE_TRAIN", "INPUT.MIN_SIZE_TRAIN.0", "VERSION", "--resume",
+     "DATASETS.TRAIN"]
+)  # fmt: skip
+OPT_VALUES = st.one_of(
+    st.sampled_from(
+        ["1", "-1", "1e999", "None", "True", "()", "(1,)", "[]", "{}", "{1}", "b''", "'", "(" * 300,
+         "-" * 50_000 + "1",
+         "9" * 5000, "__import__('os').system('true')", "os.system('true')", "1j", "\0", "\ud800",
+         "f'{1}'", "[[1]*9]"]
+    ),
+    st.text(max_size=8),
+)  # fmt: skip
+OPTS = st.one_of(
+    st.just([]),
+    st.lists(st.tuples(OPT_KEYS, OPT_VALUES), max_size=2).map(lambda x: [*itertools.chain(*x)]),
+    st.lists(st.one_of(OPT_KEYS, OPT_VALUES), max_size=3),
+)
+
+
+@given(decisions, OPTS)
+def test_configs(directory, choices, opts):
+    path = directory / "a.yaml"
+    path.write_bytes(mutate_bytes(CONFIG, Choice(choices), YAML_TOKENS))
+    cfg = outcome(load_config, str(path), opts)
+    if cfg is not None:
+        assert isinstance(cfg, CfgNode) and cfg.is_frozen() and not cfg.MODEL.LOAD_PROPOSALS
+
+
+def test_what_is_mutated_is_taken_as_it_is(directory):
+    path, images = directory / "whole", str(directory / "images")
+    path.write_text(json.dumps(COCO))
+    assert check_coco_json(str(path), images, masks=True, evaluation=True) == ["a", "b"]
+    for i, content in enumerate(CHECKPOINTS):
+        path.write_bytes(content)
+        with contextlib.nullcontext() if i < 6 else pytest.raises(UserError):
+            load_checkpoint(str(path))
+    path.write_bytes(CONFIG)
+    assert load_config(str(path), []).SEED == 3
