@@ -63,7 +63,7 @@ def read_image(file_name: str, format: str) -> np.ndarray:
             f"The image {file_name} is larger than the {Image.MAX_IMAGE_PIXELS} pixels of "
             f"PIL.Image.MAX_IMAGE_PIXELS: {e}. Tile it, or raise the limit."
         ) from e
-    except (OSError, SyntaxError, ValueError) as e:
+    except Exception as e:  # a damaged file can fail Pillow in any way
         raise BadImageError(f"The image {file_name} is truncated or no image: {e}.") from e
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)

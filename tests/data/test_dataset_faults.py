@@ -12,9 +12,12 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 from detectron2.data.datasets import load_coco_json
+from PIL import Image
 
+from gnws_d2 import model_zoo
 from gnws_d2.data import OpenCVDatasetMapper, check_coco_json, read_image
 from gnws_d2.data.check import check_dataset, find_faults, read_coco_json
+from gnws_d2.data.dataset_mapper import BadImageError
 from gnws_d2.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -248,9 +251,23 @@ def test_images_too_large_are_refused_before_they_are_decoded(tmp_path, monkeypa
         assert "\n" not in str(e.value)
 
 
-def test_limit_of_image_size_can_be_raised(tmp_path, monkeypatch):
-    from PIL import Image
+@pytest.mark.parametrize("image_format", ["DDS", "TIFF", "AVIF", "BMP", "WEBP"])
+def test_damaged_image_of_any_format_is_an_error(tmp_path, image_format):
+    """Pillow raises NotImplementedError, RuntimeError and TypeError for some of these."""
+    path = tmp_path / "damaged"
+    Image.new("RGB", (30, 20)).save(path, image_format)
+    content = path.read_bytes()
+    refused = 0
+    for at in range(len(content) // 2 if len(content) < 1000 else 200):
+        path.write_bytes(content[:at] + b"\xff\xf1" + content[at + 2 :])
+        try:
+            read_image(str(path), "BGR")
+        except BadImageError:
+            refused += 1
+    assert refused
 
+
+def test_limit_of_image_size_can_be_raised(tmp_path, monkeypatch):
     path = tmp_path / "large.png"
     path.write_bytes(png(80, 80, zlib.compress(bytes(80 * 11))))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6399)
@@ -325,8 +342,6 @@ def test_tool_finds_nothing_in_a_good_dataset_and_training_reads_its_links(photo
     assert done.returncode == 0 and done.stdout.endswith("trainval.json: 0 faults\n")
     assert check_coco_json(str(photographs.json_file), str(copy / "images"), masks=True)
     record = load_coco_json(str(photographs.json_file), str(copy / "images"))[0]
-    from gnws_d2 import model_zoo
-
     cfg = model_zoo.get_config("mask_rcnn_R50_gnws_2x")
     assert "instances" in OpenCVDatasetMapper(cfg, True)(record)
 
