@@ -27,6 +27,8 @@ def main() -> None:
     args = parser.parse_args()
     if not os.path.isdir(args.images):
         raise UserError(f"The image directory {args.images} does not exist.")
+    if args.output and not os.path.isdir(os.path.dirname(os.path.abspath(args.output))):
+        raise UserError(f"The directory of --output {args.output} does not exist.")
     kinds: dict[tuple[str, str], list[Fault]] = defaultdict(list)
     found = check_dataset(args.annotations, args.images, open_images=not args.no_images)
     for fault in found:

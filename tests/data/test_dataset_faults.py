@@ -346,7 +346,9 @@ def test_tool_finds_nothing_in_a_good_dataset_and_training_reads_its_links(photo
     assert "instances" in OpenCVDatasetMapper(cfg, True)(record)
 
 
-@pytest.mark.parametrize("args", [["gone.json", "."], [__file__, "gone"], []])
+@pytest.mark.parametrize(
+    "args", [["gone.json", "."], [__file__, "gone"], [__file__, ".", "--output", "gone/a.json"], []]
+)
 def test_tool_that_cannot_start_has_status_2_and_one_line(args):
     done = run_tool(*args)
     assert done.returncode == 2 and done.stdout == ""
