@@ -136,20 +136,17 @@ COCO = {
 }  # fmt: skip
 ODD = [
     None, True, False, 0, 1, 2, 3, -1, 1.0, 1.5, 8, 1e9, -1e300, 10**9, 2**31, 2**63, 10**30,
-    10**400,
-    float("nan"), float("inf"), "", "1", "a", "a.jpg", "../a.jpg", "/etc/passwd", "a\0", "\ud800",
-    "é",
-    "PPPP", "o" * 40, "X" * 5000, [], {}, [[]], [{}], [1], [1, 2, 3, 4], [1, 1, 5, 1, 1, 4], [[1,
-    2]],
-    [None] * 4, {"id": 1}, {"size": [6, 8], "counts": [48]}, {"size": [6, 8], "counts": "P"},
-    {"size": [8, 6], "counts": "`1"}, {"counts": []}, "id", "width", "ignore", "keypoints", "bbox",
+    10**400, float("nan"), float("inf"), "", "1", "a", "{x}", "a.jpg", "../a.jpg", "/etc/passwd",
+    "a\0", "\ud800", "é", "PPPP", "o" * 40, "X" * 5000, [], {}, [[]], [{}], [1], [1, 2, 3, 4],
+    [1, 1, 5, 1, 1, 4], [[1, 2]], [None] * 4, {"id": 1}, {"size": [6, 8], "counts": [48]},
+    {"size": [6, 8], "counts": "P"}, {"size": [8, 6], "counts": "`1"}, {"counts": []}, "id",
+    "width", "ignore", "keypoints", "bbox",
 ]  # fmt: skip
 KEYS_OF_COCO = {key for items in COCO.values() for item in items for key in item} | {"ignore", "x"}
 JSON_TOKENS = [
     b"{", b"}", b"[", b"]", b'"', b":", b",", b"null", b"true", b"NaN", b"-Infinity", b"1e999",
-    b"9" * 5000,
-    b"[" * 3000, b'{"":' * 3000, b"\\ud800", b"\xff", b"\0", b'"images":', b'"annotations":null',
-    b"-",
+    b"9" * 5000, b"[" * 3000, b'{"":' * 3000, b"\\ud800", b"\xff", b"\0", b'"images":',
+    b'"annotations":null', b"-",
 ]  # fmt: skip
 
 
@@ -233,14 +230,12 @@ CHECKPOINTS = [
 ] + [pickle.dumps(OWN | {"model": {"a": RunsCode()}}, protocol=p) for p in (0, 2, 4)]
 PICKLE_TOKENS = [
     b"cos\nsystem\n", b"cbuiltins\nbytearray\n", b"cbuiltins\neval\n", b"ctorch\nSize\n",
-    b"ccollections\nOrderedDict\n",
-    b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nFloatStorage\n", b"(", b")", b"R", b"}", b"]",
-    b"t", b"u",
-    b"s", b"Q", b"b", b"\x81", b"\x85", b"\x86", b"\x88", b"N", b"K\x00", b"J\xff\xff\xff\x7f",
-    b"J\x00\x00\x00\x80",
+    b"ccollections\nOrderedDict\n", b"ctorch._utils\n_rebuild_tensor_v2\n",
+    b"ctorch\nFloatStorage\n", b"(", b")", b"R", b"}", b"]", b"t", b"u", b"s", b"Q", b"b", b"\x81",
+    b"\x85", b"\x86", b"\x88", b"N", b"K\x00", b"J\xff\xff\xff\x7f", b"J\x00\x00\x00\x80",
     b"\x8a\x06\xff\xff\xff\xff\xff\x7f", b"X\x01\x00\x00\x00a", b"X\xff\xff\xff\x7f", b"q\x00",
-    b"h\x00", b"0", b"2",
-    b".", b"\x80\x02", b"PK\x03\x04", b"PK\x05\x06", b"PK\x01\x02", b"\xff\xff\xff\xff",
+    b"h\x00", b"0", b"2", b".", b"\x80\x02", b"PK\x03\x04", b"PK\x05\x06", b"PK\x01\x02",
+    b"\xff\xff\xff\xff",
 ]  # fmt: skip
 
 
@@ -335,18 +330,14 @@ SEED: 3
 """
 YAML_TOKENS = [
     b"!!python/object/apply:os.system ['true']", b"!!python/name:os.system", b"!!python/module:os",
-    b"!!map ",
-    b"!!binary x", b"!!set {a}", b"!!timestamp 2001-99-99", b"2001-01-01", b"!!omap [a: 1]", b"!x ",
-    b"&a ", b"*a",
-    b"<<: ", b"_BASE_: ", b"_BASE_: a.yaml\n", b"_BASE_: [base.yaml, base.yaml]\n",
-    b"_BASE_: http://127.0.0.1:1/\n",
-    b"VERSION: 1\n", b"VERSION: x\n", b"? ", b"- ", b"---\n", b"...\n", b"%TAG ! x\n",
-    b"%YAML 9.9\n", b"{", b"}", b"[", b"]",
-    b": ", b"\n", b"\n  ", b"\t", b"'", b'"', b"#", b"|\n", b">\n", b"~", b"null", b".nan",
-    b"1:1:1", b"0x", b"9" * 5000,
-    b"\xff", b"\0", b"\xc2\x85", b"[" * 2000, b"MODEL: ", b"MODEL: 3\n", b"MODEL: null\n",
-    b"SEED: []\n", b"1: 2\n",
-    b"NEW: 1\n", b"__import__('os').system('true')", b"MODEL: {LOAD_PROPOSALS: True}\n",
+    b"!!map ", b"!!binary x", b"!!set {a}", b"!!timestamp 2001-99-99", b"2001-01-01",
+    b"!!omap [a: 1]", b"!x ", b"&a ", b"*a", b"<<: ", b"_BASE_: ", b"_BASE_: a.yaml\n",
+    b"_BASE_: [base.yaml, base.yaml]\n", b"_BASE_: http://127.0.0.1:1/\n", b"VERSION: 1\n",
+    b"VERSION: x\n", b"? ", b"- ", b"---\n", b"...\n", b"%TAG ! x\n", b"%YAML 9.9\n", b"{", b"}",
+    b"[", b"]", b": ", b"\n", b"\n  ", b"\t", b"'", b'"', b"#", b"|\n", b">\n", b"~", b"null",
+    b".nan", b"1:1:1", b"0x", b"9" * 5000, b"\xff", b"\0", b"\xc2\x85", b"[" * 2000, b"MODEL: ",
+    b"MODEL: 3\n", b"MODEL: null\n", b"SEED: []\n", b"1: 2\n", b"NEW: 1\n",
+    b"__import__('os').system('true')", b"MODEL: {LOAD_PROPOSALS: True}\n",
     b"MODEL: {MASK_ON: 1}\n",
 ]  # fmt: skip
 OPT_KEYS = st.sampled_from(

@@ -301,20 +301,21 @@ def _find_box_faults(bbox: Any, image_id: Any, size: tuple[int, int] | None) -> 
         return
     x, y, w, h = bbox
     width, height = size
-    what = f"has the box {bbox} (x, y, width, height), which {{}} its image id {image_id!r} of "
-    what += f"{width}x{height}."
     x1, x2, y1, y2 = min(x, x + w), max(x, x + w), min(y, y + h), max(y, y + h)
     # Far away is out of what tensors and pycocotools can hold, too.
     if x1 < -width or y1 < -height or x2 > 2 * width or y2 > 2 * height:
-        yield "error", "box outside its image", what.format("is outside or far over the edge of")
+        kind, how = "box outside its image", "is outside or far over the edge of"
     elif w <= 0 or h <= 0:
-        what = f"has the box {bbox} (x, y, width, height) with no area: it is not trained on."
-        yield "warning", "box with no area", what
+        kind, how = "box with no area", "has no area and is not trained on, in"
     elif x >= width or y >= height or x2 <= 0 or y2 <= 0:
-        yield "error", "box outside its image", what.format("is outside")
+        kind, how = "box outside its image", "is outside"
     elif x < -1 or y < -1 or x2 > width + 1 or y2 > height + 1:
-        what = what.format("is clipped, as it reaches over the edge of")
-        yield "warning", "box over the edge of its image", what
+        kind, how = "box over the edge of its image", "is clipped, as it reaches over the edge of"
+    else:
+        return
+    what = f"has the box {bbox} (x, y, width, height), which {how} its image id "
+    what += f"{_repr.repr(image_id)} of {width}x{height}."
+    yield "error" if kind == "box outside its image" else "warning", kind, what
 
 
 def _find_polygon_faults(
@@ -354,8 +355,8 @@ def _find_rle_faults(rle: dict[str, Any], size: tuple[int, int] | None) -> Itera
 
 def _rle_counts(counts: Any) -> Iterable[int]:
     """
-    The lengths of the runs. pycocotools would read over the end of a string that is not whole, and
-    write over the end of a mask that they do not fit.
+    The lengths of the runs, which pycocotools checks in part: of some strings that are not whole it
+    makes masks of whatever was in the memory.
     """
     if isinstance(counts, list):
         if not {int}.issuperset(map(type, counts)) or min(counts, default=0) < 0:

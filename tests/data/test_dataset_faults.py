@@ -164,6 +164,18 @@ def test_what_only_evaluation_needs_does_not_stop_training(photographs, tmp_path
         check_coco_json(str(path), str(photographs.images), masks=True, evaluation=True)
 
 
+def test_ids_are_not_taken_for_anything_else(photographs):
+    coco = photographs.coco()
+    for image in coco["images"]:
+        image["id"] = f"{{x}} %s {image['id']}"
+    for a in coco["annotations"]:
+        a["image_id"] = f"{{x}} %s {a['image_id']}"
+    assert faults_of(coco, photographs.images) == set()
+    coco["annotations"][0]["bbox"] = [W, 0, 3, 4]
+    (fault,) = find_faults(coco, str(photographs.images), masks=True)
+    assert "outside its image id '{x} %s 0' of 800x600" in fault.message
+
+
 @pytest.mark.parametrize("compressed", [True, False])
 def test_rle_of_any_mask_is_no_fault_and_a_changed_one_is(photographs, compressed):
     """The reference is pycocotools' own encoder."""
