@@ -39,7 +39,12 @@ class Fault(NamedTuple):
 
 
 def check_coco_json(
-    json_file: str, image_root: str, *, masks: bool = False, evaluation: bool = False
+    json_file: str,
+    image_root: str,
+    *,
+    masks: bool = False,
+    evaluation: bool = False,
+    skip_bad_images: bool = False,
 ) -> list[str]:
     """
     Check an annotation file, and that its images exist, without opening an image. What Detectron2
@@ -49,6 +54,7 @@ def check_coco_json(
         json_file, image_root: see :func:`register_coco_instances`.
         masks: whether every annotation needs a segmentation.
         evaluation: whether a model is evaluated on it.
+        skip_bad_images: whether an image that is missing is a warning, too.
 
     Returns:
         The names of its classes, in the order of their ids, as Detectron2 numbers them.
@@ -61,9 +67,10 @@ def check_coco_json(
     firsts: dict[str, Fault] = {}
     numbers: Counter[str] = Counter()
     for fault in find_faults(coco, image_root, masks=masks):
-        if fault.level in fatal:
+        skipped = skip_bad_images and fault.kind == "missing image"
+        if fault.level in fatal and not skipped:
             raise UserError(f"{json_file}: {fault.message}")
-        if fault.level == "warning":
+        if fault.level == "warning" or skipped:
             firsts.setdefault(fault.kind, fault)
             numbers[fault.kind] += 1
     for kind, first in firsts.items():

@@ -144,8 +144,13 @@ def _dataset_classes(cfg: CfgNode, key: str, name: str) -> list[str]:
     # Detectron2, or with us, and needs no check.
     if classes is not None:
         return classes
+    evaluation = name in cfg.DATASETS.TEST
     return check_coco_json(
-        json_file, image_root, masks=cfg.MODEL.MASK_ON, evaluation=name in cfg.DATASETS.TEST
+        json_file,
+        image_root,
+        masks=cfg.MODEL.MASK_ON,
+        evaluation=evaluation,
+        skip_bad_images=cfg.INPUT.ON_BAD_IMAGE == "skip" and not evaluation,
     )
 
 

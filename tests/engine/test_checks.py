@@ -188,6 +188,26 @@ def test_missing_files_of_a_dataset_are_named(fails, photographs, tmp_path):
         assert f"{name} does not exist: {missing}" in error
 
 
+def test_missing_image_stops_unless_training_skips_it(fails, photographs, tmp_path, monkeypatch):
+    coco = photographs.coco()
+    coco["images"][3]["file_name"] = "gone.jpg"
+    path = tmp_path / "missing.json"
+    path.write_text(json.dumps(coco))
+    classes = ["DATASETS.TEST", "()", "MODEL.ROI_HEADS.NUM_CLASSES", "3"]
+    command = [
+        "--dataset", "missing", str(path), str(photographs.images),
+        "--config-file", QUICK_START, *classes, "DATASETS.TRAIN", "('missing',)",
+    ]  # fmt: skip
+    assert "image id 3 has a file that does not exist" in fails(*command)
+    test = ["DATASETS.TEST", "('missing',)", "INPUT.ON_BAD_IMAGE", "skip"]
+    assert "image id 3 has a file that does not exist" in fails(*command, *test)
+    launched = []
+    monkeypatch.setattr(train_net, "launch", lambda *args, **kwargs: launched.append(args[1]))
+    monkeypatch.setattr(sys, "argv", ["train_net.py", *command, "INPUT.ON_BAD_IMAGE", "skip"])
+    train_net.invoke_main()
+    assert launched == [1]
+
+
 def test_masks_from_annotations_without_segmentation_are_an_error(fails, photographs, tmp_path):
     coco = photographs.coco()
     del coco["annotations"][5]["segmentation"]
