@@ -122,17 +122,13 @@ def _check_config_file(path: str, files: list[str]) -> None:
             f"--config-file {files[0]}: its _BASE_ leads to more than {_MAX_CONFIG_FILES} files, "
             f"the last of them {path}: does one lead back to itself?"
         )
-    if not os.path.isfile(path):
-        whose = "" if path == files[0] else f" (the _BASE_ of {files[-2]})"
-        raise UserError(f"The config file {path}{whose} does not exist or is no file.")
     with open(path, "rb") as f:
         text = f.read(_MAX_CONFIG_BYTES + 1)
     if len(text) > _MAX_CONFIG_BYTES:
         raise UserError(f"The config file {path} is larger than {_MAX_CONFIG_BYTES} bytes.")
     try:
-        aliases = (
-            sum(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text)) if b"*" in text else 0
-        )
+        events = yaml.parse(text) if b"*" in text else ()
+        aliases = sum(isinstance(event, yaml.AliasEvent) for event in events)
         if aliases > _MAX_CONFIG_ALIASES:
             raise UserError(
                 f"The config file {path} has {aliases} aliases (*name), more than "
@@ -145,13 +141,18 @@ def _check_config_file(path: str, files: list[str]) -> None:
         raise UserError(f"The config file {path} does not consist of KEY: VALUE lines.")
     bases = content.get(BASE_KEY, [])
     for base in bases if isinstance(bases, list) else [bases]:
-        if not isinstance(base, str) or "://" in base:
-            raise UserError(f"The config file {path} has the _BASE_ {base}, no local file.")
-        _check_config_file(os.path.join(os.path.dirname(path), os.path.expanduser(base)), files)
+        # As Detectron2 finds it.
+        base_path = os.path.join(os.path.dirname(path), os.path.expanduser(str(base)))
+        if not isinstance(base, str) or "://" in base or not os.path.isfile(base_path):
+            raise UserError(
+                f"The config file {path} has the _BASE_ {base}, which is no local file."
+            )
+        _check_config_file(base_path, files)
 
 
 def _one_line(error: Exception) -> str:
-    text = str(error.args[0] if isinstance(error, KeyError) else error) or type(error).__name__
+    text = str(error.args[0] if isinstance(error, KeyError) else error)
+    text = getattr(error, "strerror", None) or text or type(error).__name__
     return " ".join(text.split())[:500]
 
 
