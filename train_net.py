@@ -8,6 +8,8 @@ import argparse
 import os
 
 from detectron2.engine import default_setup, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 import gnws_d2  # noqa: F401  (registers the models and the built-in data)
 from gnws_d2.checkpoint import GNWSCheckpointer
@@ -19,6 +21,7 @@ from gnws_d2.utils.errors import exit_on_user_error
 def main(args: argparse.Namespace) -> dict | None:
     cfg = get_config(args)
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gnws_d2")
 
     if args.eval_only:
         model = Trainer.build_model(cfg)

@@ -2,8 +2,12 @@
 
 import json
 import os
+import resource
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -18,14 +22,33 @@ TINY = [
 ]  # fmt: skip
 
 
-def train_net(*args, datasets):
-    return subprocess.run(
+def start_train_net(*args, datasets):
+    return subprocess.Popen(
         [sys.executable, str(ROOT / "train_net.py"), *args],
         cwd=datasets,
         env={**os.environ, "DETECTRON2_DATASETS": str(datasets)},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def train_net(*args, datasets):
+    return end(start_train_net(*args, datasets=datasets))
+
+
+def end(process):
+    stdout, stderr = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def wait_for(condition, process, timeout=120):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(end(process).stderr)
+        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -122,32 +145,86 @@ def test_truncated_image_stops_training_with_its_name(photographs, tmp_path, pro
     assert not others or processes == 2
 
 
-@pytest.mark.parametrize(
-    "processes", [1, pytest.param(2, marks=pytest.mark.slow)], ids="{} processes".format
-)
-def test_killed_run_resumes_bit_for_bit(fruits, tmp_path, processes):
-    """Killed at once after it wrote a checkpoint, and resumed with another number of workers."""
+def test_killed_run_resumes_bit_for_bit(tmp_path):
+    """The short form of ``tools/stress_test.py kill``."""
+    tool = [sys.executable, str(ROOT / "tools" / "stress_test.py"), "kill"]
+    tool += ["--kills", "2", "--period", "2", "--iterations", "6", "--output", "stress"]
+    run = subprocess.run(tool, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "while it wrote model_" in run.stdout
+    assert "211 weights are bit-equal to those of the uninterrupted run" in run.stdout
+
+
+def test_sigterm_leaves_a_checkpoint_from_which_other_processes_go_on(fruits, tmp_path):
+    """With half the batch, twice as many iterations are done, and twice as many are to do."""
     options, keys = fruits
-    keys += ["SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.MAX_ITER", "5", "SEED", "1"]
-    keys += ["TEST.EVAL_PERIOD", "0", "DATASETS.TEST", "()"]
-    options += ["--num-gpus", str(processes), "--dist-url", "auto"]
+    keys += ["SOLVER.REFERENCE_WORLD_SIZE", "2", "SOLVER.IMS_PER_BATCH", "4", "OUTPUT_DIR", "out"]
+    keys += ["DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.WARMUP_ITERS", "0"]
+    keys += ["SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "DATALOADER.NUM_WORKERS", "2"]
+    output = tmp_path / "out"
 
-    def weights(output, *args, workers):
-        keys_ = [*keys, "OUTPUT_DIR", output, "DATALOADER.NUM_WORKERS", workers]
-        run = train_net(*args, *options, *keys_, datasets=tmp_path)
-        return run, tmp_path / output
+    two = ["--num-gpus", "2", "--dist-url", "auto"]
+    run = train_net(*two, *options, *keys, "SOLVER.MAX_ITER", "3", datasets=tmp_path)
+    assert run.returncode == 0, run.stderr
+    process = start_train_net(
+        "--resume", *options, *keys, "SOLVER.MAX_ITER", "1000", datasets=tmp_path
+    )
+    wait_for((output / "model_0000007.pth").exists, process)
+    process.send_signal(signal.SIGTERM)
+    run = end(process)
+    assert run.returncode == 143, run.stderr
+    assert (
+        "The run had 2 processes with 2 images each, and goes on with 1 with 2, from the images "
+        "that are left." in run.stdout
+    )
+    assert "The 3 iterations so far, with another batch size, are 6 of 2000" in run.stdout
+    assert "Starting training from iteration 6" in run.stdout
+    last = (output / "last_checkpoint").read_text()
+    assert f"Stopped by SIGTERM after iteration {int(last[6:13])}, with a checkpoint" in run.stdout
+    assert torch.load(output / last)["iteration"] == int(last[6:13])
+    lines, _ = read_metrics(output)
+    assert lines[0]["lr"] == pytest.approx(0.05) and lines[-1]["lr"] == pytest.approx(0.025)
 
-    run, whole = weights("whole", workers="0")
+
+def test_diverging_run_stops_and_names_what_is_not_finite(fruits, tmp_path):
+    options, keys = fruits
+    run = train_net(*options, *keys, "SOLVER.BASE_LR", "1e30", "OUTPUT_DIR", "o", datasets=tmp_path)
+    assert run.returncode == 2 and "Traceback" not in run.stdout + run.stderr
+    (error,) = [line for line in run.stderr.splitlines() if "error:" in line]
+    assert error.startswith("train_net.py: error: Iteration ") and ".jpg" in error
+    assert "No checkpoint yet" in error and "SOLVER.ON_NON_FINITE skip" in error
+
+
+def test_bad_image_is_skipped_and_counted(photographs, tmp_path):
+    shutil.copytree(photographs.images, tmp_path / "images")
+    bad = tmp_path / "images" / photographs.coco()["images"][0]["file_name"]
+    bad.write_bytes(bad.read_bytes()[:5000])
+    run = train_net(
+        "--dataset", "cut", str(photographs.json_file), str(tmp_path / "images"),
+        "--config-file", str(ROOT / "configs" / "quick_start.yaml"),
+        "DATASETS.TRAIN", "('cut',)", "DATASETS.TEST", "()", *TINY, "SOLVER.MAX_ITER", "18",
+        "DATALOADER.NUM_WORKERS", "2", "INPUT.ON_BAD_IMAGE", "skip", "OUTPUT_DIR", "output",
+        datasets=tmp_path,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    run, killed = weights("killed", workers="2")
-    assert run.returncode == 0, run.stderr
-    for name in ("model_final.pth", "model_0000003.pth"):  # as if killed before they were written
-        (killed / name).unlink()
-    (killed / "last_checkpoint").write_text("model_0000001.pth")
-    run, killed = weights("killed", "--resume", workers="1")
-    assert run.returncode == 0, run.stderr
-    assert "Starting training from iteration 2" in run.stdout
-    states = [torch.load(d / "model_final.pth", weights_only=False) for d in (whole, killed)]
-    a, b = (state["model"] for state in states)
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    assert run.stdout.count(f"{bad} is truncated") == 1  # of two times, or more
+    lines, _ = read_metrics(tmp_path / "output")
+    assert lines[-1]["bad_images"] >= 2
+
+
+def test_full_disk_stops_with_the_last_checkpoint_whole(fruits, tmp_path):
+    """The disk is a limit on the size of files, set once the first checkpoint is there."""
+    options, keys = fruits
+    keys += ["SOLVER.CHECKPOINT_PERIOD", "3", "OUTPUT_DIR", "output", "DATASETS.TEST", "()"]
+    process = start_train_net(*options, *keys, datasets=tmp_path)
+    output = tmp_path / "output"
+    wait_for((output / "last_checkpoint").exists, process)
+    size = (output / "model_0000002.pth").stat().st_size
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size // 2, size // 2))
+    run = end(process)
+    assert run.returncode == 2 and "Traceback" not in run.stdout + run.stderr
+    (error,) = [line for line in run.stderr.splitlines() if "error:" in line]
+    assert error.startswith("train_net.py: error: Cannot write output/model_") and "large" in error
+    last = (output / "last_checkpoint").read_text()
+    assert sorted(p.name for p in output.glob("*.pth*"))[-1] == last
+    assert torch.load(output / last)["iteration"] == int(last[6:13])
