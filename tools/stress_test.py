@@ -90,6 +90,8 @@ def test_kills(args: argparse.Namespace) -> None:
     last = killed / "last_checkpoint"
     kills = kills_while_writing = 0
     while True:
+        for part in killed.glob("*.part"):  # of the kill before
+            part.unlink()
         process = start(slow, ["--resume", *command(killed, args, *period)], killed)
         started = time.monotonic()
         if kills < args.kills and kills % 2:

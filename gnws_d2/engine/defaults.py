@@ -208,7 +208,10 @@ class Trainer(DefaultTrainer):
         return ret
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "data_loader": self.data_loader.state_dict(self.iter + 1)}
+        # After the last one Detectron2 counts one more, while the best checkpoint may be written.
+        iteration = min(self.iter, self.max_iter - 1)
+        data_loader = self.data_loader.state_dict(iteration + 1)
+        return {**super().state_dict(), "iteration": iteration, "data_loader": data_loader}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """

@@ -55,8 +55,9 @@ class BestCheckpointer(hooks.BestCheckpointer):
         value, iteration = self.trainer.storage.latest().get(self._val_metric, (math.nan, None))
         if not value > (-math.inf if self.best_metric is None else self.best_metric):
             return
-        self.best_metric, self.best_iter = value, iteration
-        self._checkpointer.save(self._file_prefix, iteration=iteration)
+        # After the last iteration Detectron2 counts one more.
+        self.best_metric, self.best_iter = value, min(iteration, self.trainer.max_iter - 1)
+        self._checkpointer.save(self._file_prefix, iteration=self.best_iter)
         self._logger.info(f"{self._val_metric} {value:.3f} is the best so far.")
 
     def state_dict(self) -> dict[str, Any]:

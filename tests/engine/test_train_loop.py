@@ -5,10 +5,11 @@ import sys
 
 import pytest
 import torch
+from detectron2.engine import AMPTrainer
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from gnws_d2.engine.train_loop import FiniteTrainer
+from gnws_d2.engine.train_loop import FiniteAMPTrainer, FiniteTrainer
 from gnws_d2.utils.errors import UserError
 
 
@@ -90,6 +91,25 @@ def test_three_skipped_steps_in_a_row_stop_also_across_a_resume():
     resumed.load_state_dict(trainer.state_dict())
     with pytest.raises(UserError, match=r"^Iteration 4: .*, 3 iterations in a row\. "):
         run(resumed, 1, start=4)
+
+
+def test_mixed_precision_keeps_the_scaler_and_the_counts():
+    """A step needs a GPU; without one the scaler has no state of its own."""
+    trainer = FiniteAMPTrainer(
+        Model(),
+        [],
+        torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1),
+        skip=True,
+        last_checkpoint=str,
+        grad_scaler=torch.amp.GradScaler("cpu", init_scale=8.0),
+    )
+    trainer.num_skipped = 2
+    state = trainer.state_dict()
+    assert state["grad_scaler"]["scale"] == 8.0 and state["non_finite"]["num_skipped"] == 2
+    trainer.grad_scaler = torch.amp.GradScaler("cpu")
+    trainer.load_state_dict(state)
+    assert trainer.grad_scaler.get_scale() == 8.0
+    assert isinstance(trainer, AMPTrainer)
 
 
 SCRIPT = """

@@ -66,7 +66,7 @@ def read_metrics(output_dir):
 
 def test_train_resume_evaluate_and_visualize(fruits, tmp_path):
     options, keys = fruits
-    keys += ["OUTPUT_DIR", "output", "SOLVER.CHECKPOINT_PERIOD", "2"]
+    keys += ["OUTPUT_DIR", "output", "SOLVER.CHECKPOINT_PERIOD", "2", "TEST.EVAL_PERIOD", "2"]
     output = tmp_path / "output"
 
     run = train_net(*options, *keys, "SOLVER.MAX_ITER", "2", datasets=tmp_path)
@@ -79,6 +79,8 @@ def test_train_resume_evaluate_and_visualize(fruits, tmp_path):
     assert torch.load(output / "model_final.pth", weights_only=False)["iteration"] == 3
     _, expected = read_metrics(output)
     assert {"bbox/AP", "segm/AP", "bbox/AP-date"} <= expected.keys()
+    best = torch.load(output / "model_best.pth")["trainer"]["hooks"]["BestCheckpointer"]
+    assert best["best_metric"] >= expected["segm/AP"] and best["best_iter"] in (1, 3)
 
     weights = ["MODEL.WEIGHTS", str(output / "model_final.pth"), "OUTPUT_DIR", "evaluated"]
     run = train_net("--eval-only", *options, *keys, *weights, datasets=tmp_path)
