@@ -1,6 +1,7 @@
 """Detectron2's default trainer and command line, with what GN+WS models need of them."""
 
 import argparse
+import errno
 import logging
 import os
 import weakref
@@ -236,6 +237,22 @@ class Trainer(DefaultTrainer):
             self.optimizer.param_groups, base_lrs, self.scheduler.get_lr()
         ):
             group["initial_lr"], group["lr"] = base_lr, lr
+
+    def train(self) -> dict[str, Any] | None:
+        """
+        Raises:
+            UserError: if the disk is full; see :class:`FiniteTrainer`, :class:`TrainLoader`, too.
+        """
+        try:
+            return super().train()
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            last = self.checkpointer.get_checkpoint_file()
+            raise UserError(
+                f"The disk of {self.cfg.OUTPUT_DIR} is full: free some space"
+                + (f", and --resume goes on from {last}." if last else ".")
+            ) from e
 
     def run_step(self) -> None:
         # Of the proposals that are sampled, so that they do not depend on where a run started.

@@ -230,3 +230,16 @@ def test_full_disk_stops_with_the_last_checkpoint_whole(fruits, tmp_path):
     last = (output / "last_checkpoint").read_text()
     assert sorted(p.name for p in output.glob("*.pth*"))[-1] == last
     assert torch.load(output / last)["iteration"] == int(last[6:13])
+
+
+def test_metrics_that_find_no_space_stop_with_one_sentence(fruits, tmp_path):
+    options, keys = fruits
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "metrics.json").symlink_to("/dev/full")
+    keys += ["OUTPUT_DIR", "output", "DATASETS.TEST", "()", "SOLVER.MAX_ITER", "3"]
+    run = train_net(*options, *keys, datasets=tmp_path)
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert run.stderr.rstrip().endswith(
+        "train_net.py: error: The disk of output is full: free some space, and --resume goes on "
+        "from output/model_final.pth."
+    )
