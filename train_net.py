@@ -5,19 +5,17 @@ of one's own and checks before work.
 """
 
 import argparse
-import os
 
-from detectron2.engine import default_setup, launch
+from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 import gnws_d2  # noqa: F401  (registers the models and the built-in data)
 from gnws_d2.checkpoint import GNWSCheckpointer
-from gnws_d2.engine import Trainer, argument_parser, check_setup, get_config
+from gnws_d2.engine import Trainer, argument_parser, check_setup, get_config, launch
 from gnws_d2.utils.errors import exit_on_user_error
 
 
-@exit_on_user_error
 def main(args: argparse.Namespace) -> dict | None:
     cfg = get_config(args)
     default_setup(cfg, args)
@@ -40,18 +38,7 @@ def invoke_main() -> None:
     args = argument_parser().parse_args()
     cfg = get_config(args)
     check_setup(cfg, args)
-    if cfg.MODEL.DEVICE == "cpu":
-        # Without a GPU in sight Detectron2's launcher takes Gloo.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.num_gpus)))
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch(main, cfg, args)
 
 
 if __name__ == "__main__":

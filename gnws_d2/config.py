@@ -23,6 +23,16 @@ def add_gnws_config(cfg: CfgNode) -> None:
     # the weights as they are in this iteration and count; three in a row stop.
     cfg.SOLVER.ON_NON_FINITE = "stop"
 
+    # All in seconds.
+    cfg.DISTRIBUTED = CfgNode()
+    # For all machines to come.
+    cfg.DISTRIBUTED.START_TIMEOUT = 600
+    # Without a sign of life from a machine, until it counts as lost and the run ends.
+    cfg.DISTRIBUTED.LOST_TIMEOUT = 60
+    # For a process to wait for another in a collective. It is to be longer than the main process
+    # takes to compute AP, for which the others wait.
+    cfg.DISTRIBUTED.TIMEOUT = 1800
+
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     """

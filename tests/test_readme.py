@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 # Run by .ci/run, and each set up the environment that this test runs in.
 SETUP_COMMANDS = ["bash tools/quick_start.sh", "bash tools/run_tests.sh"]
-ON_CPUS = {"--num-gpus 8": "--num-gpus 2 --dist-url auto"}
+ON_CPUS = {"--num-gpus 8": "--num-gpus 2"}
 # What is out of reach of a test, and stands for it.
 OUT_OF_REACH = {
     "gnws://mask_rcnn_R50_gnws_2x": "output/model_final.pth",

@@ -1,5 +1,6 @@
 from .checks import check_setup
 from .defaults import Trainer, add_dataset_argument, argument_parser, get_config, load_config
+from .launch import launch
 
 __all__ = [
     "Trainer",
@@ -7,5 +8,6 @@ __all__ = [
     "argument_parser",
     "check_setup",
     "get_config",
+    "launch",
     "load_config",
 ]

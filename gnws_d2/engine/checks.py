@@ -5,6 +5,7 @@ import logging
 import os
 
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
@@ -13,6 +14,7 @@ from detectron2.utils.file_io import PathManager
 from ..config import check_choice
 from ..data import check_coco_json
 from ..utils.errors import UserError
+from .launch import parse_dist_url, torchrun_options
 
 
 def check_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -47,8 +49,34 @@ def check_device(cfg: CfgNode) -> None:
 
 
 def _check_workers(cfg: CfgNode, args: argparse.Namespace) -> None:
+    for option, value in torchrun_options().items():
+        if getattr(args, option) != value:
+            raise UserError(
+                f"--{option.replace('_', '-')} {getattr(args, option)} contradicts torchrun, which "
+                f"says {value}: leave it out."
+            )
     if args.num_gpus < 1:
         raise UserError(f"--num-gpus {args.num_gpus}: at least one process is needed.")
+    if args.num_machines < 1:
+        raise UserError(f"--num-machines {args.num_machines}: at least one machine is needed.")
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise UserError(
+            f"--machine-rank {args.machine_rank}: the ranks of --num-machines {args.num_machines} "
+            f"go from 0 to {args.num_machines - 1}."
+        )
+    if dist.is_torchelastic_launched():
+        if args.num_gpus * args.num_machines != int(os.environ["WORLD_SIZE"]):
+            raise UserError(
+                f"torchrun has started {args.num_gpus} processes on this machine and others on "
+                "another: give it the same --nproc-per-node on all machines."
+            )
+    elif args.dist_url != "auto":
+        parse_dist_url(args.dist_url)
+    elif args.num_machines > 1:
+        raise UserError(
+            "--dist-url is not given: with several machines it is tcp://HOST:PORT, an address of "
+            "machine 0 and a free port there."
+        )
     if cfg.MODEL.DEVICE != "cpu" and args.num_gpus > torch.cuda.device_count():
         raise UserError(
             f"--num-gpus {args.num_gpus}, but PyTorch finds {torch.cuda.device_count()} GPUs."

@@ -30,6 +30,7 @@ from ..data.train_loader import TrainLoader, build_train_loader, derive_seed
 from ..evaluation import COCOEvaluator
 from ..utils.errors import UserError
 from .hooks import BestCheckpointer, PeriodicCheckpointer, StopOnSignal
+from .launch import set_torchrun_defaults
 from .train_loop import FiniteAMPTrainer, FiniteTrainer
 
 # No config has more bytes, files in its chain of _BASE_, or aliases (*name): Detectron2 writes two,
@@ -38,8 +39,12 @@ _MAX_CONFIG_BYTES, _MAX_CONFIG_FILES, _MAX_CONFIG_ALIASES = 2**18, 100, 10
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's :func:`default_argument_parser` with ``--dataset``."""
+    """
+    Detectron2's :func:`default_argument_parser` with ``--dataset``, a free port by default, and,
+    under torchrun, its numbers of processes and machines.
+    """
     parser = default_argument_parser()
+    set_torchrun_defaults(parser)
     add_dataset_argument(parser)
     return parser
 

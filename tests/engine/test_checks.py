@@ -43,7 +43,9 @@ def fails(monkeypatch, capsys, tmp_path):
 
 def test_good_command_is_launched(monkeypatch, tmp_path):
     launched = []
-    monkeypatch.setattr(train_net, "launch", lambda *args, **kwargs: launched.append(args[1]))
+    monkeypatch.setattr(
+        train_net, "launch", lambda *args, **kwargs: launched.append(args[2].num_gpus)
+    )
     monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", QUICK_START])
     train_net.invoke_main()
     assert launched == [1]
