@@ -1,0 +1,128 @@
+"""tools/slurm.sh, with stand-ins for Slurm's commands and for training."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "tools" / "slurm.sh"
+STAND_INS = {
+    # The tasks of two machines; signals are forwarded, and the highest status is returned.
+    "srun": r"""
+echo "$*" >srun.txt
+while [[ $1 == --* ]]; do shift; done
+for i in 0 1; do SLURM_NODEID=$i "$@" & tasks[i]=$!; done
+trap 'kill -TERM "${tasks[@]}"' TERM
+highest=0
+for task in "${tasks[@]}"; do
+    while :; do
+        status=0; wait "$task" || status=$?
+        kill -0 "$task" 2>/dev/null || break
+    done
+    ((status > highest)) && highest=$status
+done
+exit "$highest"
+""",
+    "scontrol": r"""
+echo "$*" >>scontrol.txt
+[ "$1 $2" != "show hostnames" ] || printf 'node7\nnode9\n'
+""",
+    # Ends with $STATUS, or, if there is none, when it is asked to, as training does.
+    "python": r"""
+echo "$*" >"task$3.txt"
+trap 'exit 143' TERM
+[ -z "${STATUS-}" ] || exit "$STATUS"
+while :; do sleep 0.05; done
+""",
+}
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Start the script as the batch script of a job."""
+    (tmp_path / "bin").mkdir()
+    for name, text in STAND_INS.items():
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "train_net.py").touch()
+    jobs = []
+
+    def start(*args, **environ):
+        environ = {
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "41007",
+            "SLURM_JOB_NODELIST": "node[7,9]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8",
+            **environ,
+        }  # fmt: skip
+        jobs.append(
+            subprocess.Popen(
+                ["bash", str(SCRIPT), *args], cwd=tmp_path, env=environ, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+        )  # fmt: skip
+        return jobs[-1]
+
+    yield start
+    for each in jobs:
+        each.kill()
+        each.communicate()
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 30
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return path.read_text()
+
+
+def requeued(tmp_path):
+    return "requeue 41007" in (tmp_path / "scontrol.txt").read_text().splitlines()
+
+
+def test_every_machine_trains_with_its_rank_and_resumes(job, tmp_path):
+    run = job("--config-file", "a b.yaml", "SEED", "1", STATUS="0", SLURM_CPUS_PER_TASK="16")
+    assert run.wait(30) == 0, run.stderr.read()
+    for rank in (0, 1):
+        assert (tmp_path / f"task{rank}.txt").read_text() == (
+            f"train_net.py --machine-rank {rank} --num-machines 2 --dist-url tcp://node7:11007 "
+            "--num-gpus 8 --resume --config-file a b.yaml SEED 1\n"
+        )
+    assert "--cpus-per-task=16" in (tmp_path / "srun.txt").read_text()
+    assert not requeued(tmp_path)
+
+
+def test_time_limit_ends_training_and_requeues_the_job(job, tmp_path):
+    run = job()
+    for rank in (0, 1):
+        wait_for(tmp_path / f"task{rank}.txt")
+    run.send_signal(signal.SIGUSR1)
+    assert run.wait(30) == 143
+    assert requeued(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["cancelled", "failed"])
+def test_job_that_is_cancelled_or_fails_is_not_requeued(job, tmp_path, how):
+    run = job(**({"STATUS": "2"} if how == "failed" else {}))
+    if how == "cancelled":  # or preempted, after which Slurm requeues it
+        wait_for(tmp_path / "task1.txt")
+        run.send_signal(signal.SIGTERM)
+    assert run.wait(30) == {"cancelled": 143, "failed": 2}[how]
+    assert not requeued(tmp_path)
+
+
+def test_wrong_directory_is_named(job, tmp_path):
+    (tmp_path / "train_net.py").unlink()
+    run = job()
+    assert run.wait(30) == 2
+    assert run.stderr.read() == (
+        f"slurm.sh: error: there is no train_net.py in {tmp_path}: run sbatch where it is.\n"
+    )
+
+
+def test_slurm_keeps_the_job_and_signals_in_time():
+    lines = SCRIPT.read_text().splitlines()
+    assert {"#SBATCH --requeue", "#SBATCH --signal=B:USR1@180"} <= set(lines)
+    assert "#SBATCH --ntasks-per-node=1" in lines
