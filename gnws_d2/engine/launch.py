@@ -142,7 +142,17 @@ def parse_dist_url(url: str) -> tuple[str, int]:
 
 def _join_store(host: str, port: int, cfg: CfgNode, args: argparse.Namespace) -> dist.TCPStore:
     """The store on machine 0, for this process to open or to connect to."""
-    timeout = timedelta(seconds=cfg.DISTRIBUTED.START_TIMEOUT)
+    limit = cfg.DISTRIBUTED.START_TIMEOUT
+
+    def open_store() -> dist.TCPStore:
+        return dist.TCPStore(
+            host,
+            port,
+            is_master=args.machine_rank == 0,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=limit),
+        )
+
     try:
         socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as e:
@@ -153,9 +163,7 @@ def _join_store(host: str, port: int, cfg: CfgNode, args: argparse.Namespace) ->
     if args.machine_rank > 0:
         _wait_for_server(host, port, cfg, args)
     try:
-        return dist.TCPStore(
-            host, port, is_master=args.machine_rank == 0, wait_for_workers=False, timeout=timeout
-        )
+        return _within(limit, open_store)
     except RuntimeError as e:
         if "EADDRINUSE" in str(e):
             raise UserError(
@@ -334,33 +342,36 @@ def _run_workers(main: Callable, cfg: CfgNode, args: argparse.Namespace) -> None
             if not (running := [p.sentinel for p in workers if p.exitcode is None]):
                 break
             connection.wait(running)
-        failed = [i for i, p in enumerate(workers) if p.exitcode not in (None, 0, TERMINATED)]
+        errors = [e for i in range(args.num_gpus) if (e := _read_error(context, i, args))]
     finally:
         for process in workers:
             process.kill()
             process.join()
         signal.signal(signal.SIGTERM, default)
-    if failed:
-        raise _read_error(context, failed[0], args)
+    if errors:
+        raise next((e for e in errors if not isinstance(e, PeerError)), errors[0])
     if any(p.exitcode == TERMINATED for p in workers):
         sys.exit(TERMINATED)
 
 
-def _read_error(context: Any, local_rank: int, args: argparse.Namespace) -> BaseException:
+def _read_error(context: Any, local_rank: int, args: argparse.Namespace) -> BaseException | None:
     status = context.processes[local_rank].exitcode
     who = f"process {local_rank} (rank {args.machine_rank * args.num_gpus + local_rank})"
+    # Written before the process closes its connections, and ends.
+    if os.path.exists(context.error_files[local_rank]):
+        with open(context.error_files[local_rank], "rb") as f:
+            return error_of_traceback(pickle.load(f), who)
+    if status in (None, 0, TERMINATED):
+        return None
     if status == -signal.SIGTERM:  # before it could do more than end
         return SystemExit(TERMINATED)
-    if status < 0:
-        kill = ", as by the system when memory runs out" if status == -signal.SIGKILL else ""
-        return RunError(f"The {who} was ended by {signal.Signals(-status).name}{kill}.")
-    if not os.path.exists(context.error_files[local_rank]):  # it has said why
+    if status > 0:  # it has said why
         return SystemExit(status)
-    with open(context.error_files[local_rank], "rb") as f:
-        return error_of_traceback(pickle.load(f), who)
+    kill = ", as by the system when memory runs out" if status == -signal.SIGKILL else ""
+    return RunError(f"The {who} was ended by {signal.Signals(-status).name}{kill}.")
 
 
-def _share_cause(error: UserError, store: dist.Store, args: argparse.Namespace) -> None:
+def _share_cause(error: UserError, store: dist.TCPStore, args: argparse.Namespace) -> None:
     """Tell the other machines what ended this one, or, if it was another, raise what did."""
     here = f"machine {args.machine_rank} ({socket.gethostname()})"
 
