@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,21 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 # Run by .ci/run, and each set up the environment that this test runs in.
 SETUP_COMMANDS = ["bash tools/quick_start.sh", "bash tools/run_tests.sh"]
-ON_CPUS = {"--num-gpus 8": "--num-gpus 2"}
+ON_CPUS = {"--num-gpus 8": "--num-gpus 2", "--nproc-per-node 8": "--nproc-per-node 2"}
+# One machine alone; two of --num-machines run at the same time.
+ON_ONE_MACHINE = {"--nnodes 2": "--nnodes 1", "HOST0:29500": "127.0.0.1:{port}"}
+SLURM = {
+    "sbatch": """
+while [ "$1" != tools/slurm.sh ]; do shift; done
+export SLURM_JOB_ID=$$ SLURM_JOB_NODELIST=127.0.0.1 SLURM_NNODES=1 SLURM_GPUS_ON_NODE=2
+exec bash "$@"
+""",
+    "srun": """
+while [ "${1#--}" != "$1" ]; do shift; done
+SLURM_NODEID=0 exec "$@"
+""",
+    "scontrol": 'echo "$3"',
+}
 # What is out of reach of a test, and stands for it.
 OUT_OF_REACH = {
     "gnws://mask_rcnn_R50_gnws_2x": "output/model_final.pth",
@@ -55,32 +70,50 @@ def checkout(tmp_path_factory):
     for split in ("train2017", "val2017"):
         (datasets / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco))
         shutil.copytree(assets / "images", datasets / split)
+    (checkout / "bin").mkdir()
+    for name, text in SLURM.items():
+        (checkout / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}")
+        (checkout / "bin" / name).chmod(0o755)
     return checkout
 
 
-def run(command, checkout, status=0):
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+def run(command, checkout, status=0, beside=None):
+    """Run `command`, at the same time as `beside`."""
+    path = [str(checkout / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": os.pathsep.join(path)}
     environ.pop("DETECTRON2_DATASETS", None)
+    other = beside and subprocess.Popen(beside, cwd=checkout, env=environ)
     done = subprocess.run(command, cwd=checkout, env=environ, capture_output=True, text=True)
+    assert not other or other.wait() == 0, beside
     assert done.returncode == status, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
 def test_commands_and_python_run_in_order(checkout):
     commands = [line for block in code_blocks("bash") for line in block.splitlines()]
-    assert [command for command in commands if not command.startswith("python ")] == SETUP_COMMANDS
-    commands = [command for command in commands if command.startswith("python ")]
+    programs = ("python ", "torchrun ", "sbatch ")
+    assert [command for command in commands if not command.startswith(programs)] == SETUP_COMMANDS
+    commands = [command for command in commands if command.startswith(programs)]
     assert len(commands) >= 6
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    first = None
     for command in commands:
-        for there, here in (ON_CPUS | OUT_OF_REACH).items():
-            command = command.replace(there, here)
-        words = [sys.executable, *shlex.split(command)[1:]]
-        if "train_net.py" in words:
+        for there, here in (ON_CPUS | ON_ONE_MACHINE | OUT_OF_REACH).items():
+            command = command.replace(there, here.replace("{port}", port))
+        words = shlex.split(command)
+        if "train_net.py" in words or "tools/slurm.sh" in words:
             # There is no network to get the ImageNet weights from.
             words += SMALL + ([] if "MODEL.WEIGHTS" in words else ["MODEL.WEIGHTS", ""])
         if "tools/benchmark.py" in words:
             words[3:3] = ["--turns", "1", "--image-size", "64", "64"]
             words += SMALL if "--opts" in words else ["--opts", *SMALL]
-        run(words, checkout, status=1 if "tools/reproduce_table.py" in words else 0)
+        if "--machine-rank 0" in command:
+            first = words
+            continue
+        status = 1 if "tools/reproduce_table.py" in words else 0
+        run(words, checkout, status, beside=first if "--machine-rank 1" in command else None)
+    assert first
     for work in ("ops", "inference", "train", "dataloader"):
         for suffix in (".md", ".json", ".png"):
             assert (checkout / "output" / "benchmark" / f"{work}{suffix}").stat().st_size > 0

@@ -18,12 +18,13 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import detectron2
 import torch
@@ -414,6 +415,51 @@ def _within(seconds: float, work: Callable) -> Any:
     return result
 
 
+def _rendezvous(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[dist.Store, int, int]]:
+    """
+    That of ``env://``, but torchrun has one store for all its starts, in which the keys of the
+    start before would be taken for those of this one.
+    """
+    query = dict(parse_qsl(urlsplit(url).query))
+    rank, world_size = int(query["rank"]), int(query["world_size"])
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=rank == 0 and os.environ["TORCHELASTIC_USE_AGENT_STORE"] != "True",
+        timeout=timeout,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    start = _agree_on_start(store, rank, world_size, time.monotonic() + timeout.total_seconds())
+    yield dist.PrefixStore(start, store), rank, world_size
+
+
+def _agree_on_start(store: dist.Store, rank: int, world_size: int, deadline: float) -> str:
+    """A name for this start: of rank 0, which answers each process by the name it gives itself."""
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"hello/{rank}", own)
+    while time.monotonic() < deadline:
+        if rank > 0:
+            name, _, start = store.get(f"answer/{rank}").decode().partition(" ")
+            if name == own:
+                store.add(start, 1)
+                return start
+        elif store.add(own, 0) == world_size - 1:
+            return own
+        else:
+            for other in range(1, world_size):
+                if store.check([f"hello/{other}"]):
+                    name = store.get(f"hello/{other}").decode()
+                    store.set(f"answer/{other}", f"{name} {own}")
+        time.sleep(0.1)
+    raise dist.DistStoreError("not all processes have started")
+
+
+_SCHEME = "gnws-d2"
+dist.register_rendezvous_handler(_SCHEME, _rendezvous)
+
+
 def _worker(local_rank: int, main: Callable, cfg: CfgNode, args: argparse.Namespace) -> Any:
     log_without_traceback()
     result = []
@@ -424,7 +470,7 @@ def _worker(local_rank: int, main: Callable, cfg: CfgNode, args: argparse.Namesp
             args.num_gpus * args.num_machines,
             args.num_gpus,
             args.machine_rank,
-            "env://",
+            f"{_SCHEME}://",
             (),
             timedelta(seconds=cfg.DISTRIBUTED.TIMEOUT),
         )

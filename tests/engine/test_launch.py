@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -226,8 +227,6 @@ def test_options_that_contradict_torchrun_are_named(fails, torchrun_environment)
     ],
 )
 def test_wrong_option_is_named(fails, args, message):
-    import re
-
     error = fails(*args)
     assert re.search(message, error), error
 
