@@ -339,11 +339,11 @@ def _run_workers(main: Callable, cfg: CfgNode, args: argparse.Namespace) -> None
     workers = context.processes
     try:
         # Those that were asked to end are left the time to write a checkpoint.
-        while not any(p.exitcode not in (None, 0, TERMINATED) for p in workers):
+        while not (errors := _read_errors(context, args)):
             if not (running := [p.sentinel for p in workers if p.exitcode is None]):
                 break
-            connection.wait(running)
-        errors = [e for i in range(args.num_gpus) if (e := _read_error(context, i, args))]
+            # A process that has failed may hang where it destroys its process groups.
+            connection.wait(running, timeout=1)
     finally:
         for process in workers:
             process.kill()
@@ -355,11 +355,15 @@ def _run_workers(main: Callable, cfg: CfgNode, args: argparse.Namespace) -> None
         sys.exit(TERMINATED)
 
 
+def _read_errors(context: Any, args: argparse.Namespace) -> list[BaseException]:
+    return [e for i in range(args.num_gpus) if (e := _read_error(context, i, args))]
+
+
 def _read_error(context: Any, local_rank: int, args: argparse.Namespace) -> BaseException | None:
     status = context.processes[local_rank].exitcode
     who = f"process {local_rank} (rank {args.machine_rank * args.num_gpus + local_rank})"
     # Written before the process closes its connections, and ends.
-    if os.path.exists(context.error_files[local_rank]):
+    with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):  # not there, or in part
         with open(context.error_files[local_rank], "rb") as f:
             return error_of_traceback(pickle.load(f), who)
     if status in (None, 0, TERMINATED):

@@ -51,6 +51,8 @@ def exit_on_user_error(main: Callable) -> Callable:
                 # torchrun ends the others.
                 time.sleep(3)
             say(f"error: {e}")
+            if dist.is_initialized():
+                os._exit(e.exit_status)  # to destroy process groups may hang when another is gone
             sys.exit(e.exit_status)
 
     return wrapper
