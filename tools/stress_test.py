@@ -154,12 +154,15 @@ def test_memory(args: argparse.Namespace) -> None:
                 break
         time.sleep(0.2)
     finish(process, output)
-    early = next(s for s in samples if s[0] >= args.iterations // 10)
-    late = samples[-1]
-    for iteration, rss, files in (early, late):
+    samples.pop()  # while they ended
+    early, late = next(s for s in samples if s[0] >= args.iterations // 10), samples[-1]
+    for iteration, rss, files in samples[:: max(1, len(samples) // 10)] + [late]:
         print(f"iteration {iteration}: resident memory {rss / 2**20:.1f} MiB, {files} open files")
     growth = late[1] / early[1] - 1
-    print(f"memory {growth:+.1%}, open files {late[2] - early[2]:+d}")
+    print(
+        f"From iteration {early[0]} to {late[0]}: memory {growth:+.1%}, open files "
+        f"{late[2] - early[2]:+d}."
+    )
     if growth > 0.03 or late[2] > early[2]:
         raise UserError("Memory or open files grew.")
 

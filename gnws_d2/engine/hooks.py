@@ -14,8 +14,7 @@ from detectron2.checkpoint import Checkpointer
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
-# What a shell reports for a process that SIGTERM has ended.
-SIGTERM_STATUS = 128 + signal.SIGTERM
+from .launch import TERMINATED
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
@@ -111,4 +110,4 @@ class StopOnSignal(HookBase):
             f"Stopped by SIGTERM after iteration {self.trainer.iter}, with a checkpoint of it: "
             "--resume goes on."
         )
-        sys.exit(SIGTERM_STATUS)
+        sys.exit(TERMINATED)

@@ -29,6 +29,9 @@ class RunError(UserError):
 
     exit_status = 1
 
+    def __init__(self, message: str):
+        Exception.__init__(self, message)  # which may be a traceback, of many lines
+
 
 class PeerError(RunError):
     """The end of a process that lost the connection to another, whose end is the cause."""
@@ -97,8 +100,10 @@ def error_of_traceback(text: str, who: str) -> RunError | UserError:
         The error that `text` ends with, if it is one of the above, else a :class:`RunError` with
         all of `text`.
     """
-    last = text.rstrip().rpartition("\n")[2]
-    for error in (PeerError, RunError, UserError):
-        if last.startswith(f"{error.__module__}.{error.__qualname__}: "):
-            return error(last)
+    name, _, message = text.rstrip().rpartition("\n")[2].partition(": ")
+    for error in (PeerError, RunError):
+        if name == f"{error.__module__}.{error.__qualname__}":
+            return error(message)
+    if name.startswith(f"{__package__.partition('.')[0]}."):  # a UserError, or a kind of it
+        return UserError(message)
     return RunError(f"The {who} failed:\n{text.rstrip()}")

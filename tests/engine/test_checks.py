@@ -207,7 +207,7 @@ def test_missing_image_stops_unless_training_skips_it(fails, photographs, tmp_pa
     test = ["DATASETS.TEST", "('missing',)", "INPUT.ON_BAD_IMAGE", "skip"]
     assert "image id 3 has a file that does not exist" in fails(*command, *test)
     launched = []
-    monkeypatch.setattr(train_net, "launch", lambda *args, **kwargs: launched.append(args[1]))
+    monkeypatch.setattr(train_net, "launch", lambda main, cfg, args: launched.append(args.num_gpus))
     monkeypatch.setattr(sys, "argv", ["train_net.py", *command, "INPUT.ON_BAD_IMAGE", "skip"])
     train_net.invoke_main()
     assert launched == [1]
