@@ -20,14 +20,13 @@ from gnws_d2.utils.errors import UserError, exit_on_user_error
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# train_net.py, but a checkpoint takes as long to write as on a slow network file system.
-_ON_A_SLOW_DISK = """
-import runpy, sys, time
-from gnws_d2.utils import files
+# In every process of a training: a checkpoint takes as long to write as on a slow network disk.
+_SLOW_DISK = """
+import builtins, time
 
 class SlowFile:
-    def __init__(self, *args):
-        self.file = open(*args)
+    def __init__(self, file):
+        self.file = file
     def __enter__(self):
         return self
     def __exit__(self, *args):
@@ -38,9 +37,11 @@ class SlowFile:
         time.sleep({delay})
         return self.file.write(data)
 
-files.open = SlowFile
-sys.argv[0] = {script!r}
-runpy.run_path({script!r}, run_name="__main__")
+def slow_open(file, *args, open=builtins.open, **kwargs):
+    opened = open(file, *args, **kwargs)
+    return SlowFile(opened) if str(file).endswith(".pth.part") else opened
+
+builtins.open = slow_open
 """
 
 
@@ -53,12 +54,13 @@ def command(output_dir: Path, args: argparse.Namespace, *opts: str) -> list[str]
     ]  # fmt: skip
 
 
-def start(program: list[str], arguments: list[str], output_dir: Path) -> subprocess.Popen:
+def start(arguments: list[str], output_dir: Path, **environ: str) -> subprocess.Popen:
     # In a session of its own, so that all of its processes can be killed at once.
     output_dir.mkdir(parents=True, exist_ok=True)
     with open(output_dir / "stdout.txt", "a") as log:
         return subprocess.Popen(
-            [sys.executable, *program, *arguments],
+            [sys.executable, str(ROOT / "train_net.py"), *arguments],
+            env={**os.environ, **environ},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -80,19 +82,22 @@ def test_kills(args: argparse.Namespace) -> None:
     Train once without interruption, and once killed with SIGKILL at random moments, every other
     time while a checkpoint is written to a slow disk, and resumed each time.
     """
-    script = str(ROOT / "train_net.py")
     period = ["SOLVER.CHECKPOINT_PERIOD", str(args.period)]
     whole, killed = (Path(args.output) / name for name in ("whole", "killed"))
-    finish(start([script], command(whole, args, *period), whole), whole)
+    finish(start(command(whole, args, *period), whole), whole)
 
     rng = random.Random(args.seed)
-    slow = ["-c", _ON_A_SLOW_DISK.format(delay=args.delay, script=script)]
+    # Which Python runs at the start of every process.
+    slow = Path(args.output) / "slow" / "sitecustomize.py"
+    slow.parent.mkdir()
+    slow.write_text(_SLOW_DISK.format(delay=args.delay))
+    path = os.pathsep.join([str(slow.parent.resolve()), os.environ.get("PYTHONPATH", "")])
     last = killed / "last_checkpoint"
     kills = kills_while_writing = 0
     while True:
         for part in killed.glob("*.part"):  # of the kill before
             part.unlink()
-        process = start(slow, ["--resume", *command(killed, args, *period)], killed)
+        process = start(["--resume", *command(killed, args, *period)], killed, PYTHONPATH=path)
         started = time.monotonic()
         if kills < args.kills and kills % 2:
             new = rng.randint(0, 1)  # checkpoints to let it write before
@@ -139,11 +144,7 @@ def test_memory(args: argparse.Namespace) -> None:
     those at the end.
     """
     output = Path(args.output) / "memory"
-    process = start(
-        [str(ROOT / "train_net.py")],
-        command(output, args, "SOLVER.CHECKPOINT_PERIOD", "500"),
-        output,
-    )
+    process = start(command(output, args, "SOLVER.CHECKPOINT_PERIOD", "500"), output)
     samples: list[tuple[int, int, int]] = []
     while process.poll() is None:
         iteration = _iteration(output)
