@@ -21,7 +21,8 @@ if [ ! -f train_net.py ]; then
 fi
 python=python
 [ ! -x .venv/bin/python ] || python=.venv/bin/python
-host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+host=${hosts%%$'\n'*}
 port=$((10000 + SLURM_JOB_ID % 20000)) # another for each job, as two may share a machine
 
 # A machine that has written its checkpoint is not to end the others before they have theirs.

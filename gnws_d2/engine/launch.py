@@ -4,10 +4,12 @@ the same code and config, and end together.
 """
 
 import argparse
+import atexit
 import contextlib
 import hashlib
 import json
-import multiprocessing
+import logging
+import multiprocessing.util
 import os
 import pickle
 import queue
@@ -478,6 +480,10 @@ def _worker(local_rank: int, main: Callable, cfg: CfgNode, args: argparse.Namesp
             (),
             timedelta(seconds=cfg.DISTRIBUTED.TIMEOUT),
         )
+    except SystemExit as e:
+        if isinstance(e.code, int):
+            atexit.register(_leave, e.code)
+        raise
     except Exception as e:
         if not is_peer_error(e):
             raise
@@ -506,8 +512,20 @@ def _run(local_rank: int, main: Callable, cfg: CfgNode, args: argparse.Namespace
         result = main(args)
     else:
         result = _watching_machines(f"run {run}", lambda: main(args), cfg, args)
-    dist.destroy_process_group()
+    atexit.register(_leave, 0)
     return result
+
+
+def _leave(status: int) -> None:
+    """
+    End this process without the destructors of C++: those of PyTorch's process groups abort it now
+    and then ("terminate called without an active exception"), after all work is done.
+    """
+    multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # ends loader workers
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _watching_machines(run: str, work: Callable, cfg: CfgNode, args: argparse.Namespace) -> Any:

@@ -9,6 +9,7 @@ from detectron2.engine import AMPTrainer
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from gnws_d2 import model_zoo
 from gnws_d2.engine.train_loop import FiniteAMPTrainer, FiniteTrainer
 from gnws_d2.utils.errors import UserError
 
@@ -113,13 +114,13 @@ def test_mixed_precision_keeps_the_scaler_and_the_counts():
 
 
 SCRIPT = """
-from detectron2.engine import launch
 from detectron2.utils import comm
 import torch
+from gnws_d2.engine import argument_parser, launch, load_config
 from test_train_loop import Model, make_trainer, run, weights
 from gnws_d2.utils.errors import UserError
 
-def main():
+def main(args):
     for skip in (False, True):
         torch.manual_seed(0)
         trainer = make_trainer(["", "nan" if comm.get_rank() else "", ""], skip=skip)
@@ -132,15 +133,16 @@ def main():
             assert skip and trainer.num_skipped == 1
         a, b = comm.all_gather(weights(trainer))
         assert all(map(torch.equal, a, b)) and all(w.isfinite().all() for w in a)
-    torch.distributed.destroy_process_group()
 
 if __name__ == "__main__":
-    launch(main, 2, dist_url="auto")
+    cfg = load_config("CONFIG_FILE", ["MODEL.DEVICE", "cpu"])
+    launch(main, cfg, argument_parser().parse_args(["--num-gpus", "2"]))
 """
 
 
 def test_processes_stop_and_skip_together(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
+    config_file = model_zoo.get_config_file("mask_rcnn_R50_gnws_2x")
+    (tmp_path / "script.py").write_text(SCRIPT.replace("CONFIG_FILE", config_file))
     run = subprocess.run(
         [sys.executable, "script.py"],
         cwd=tmp_path,
