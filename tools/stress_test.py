@@ -99,7 +99,7 @@ def test_kills(args: argparse.Namespace) -> None:
             part.unlink()
         process = start(["--resume", *command(killed, args, *period)], killed, PYTHONPATH=path)
         started = time.monotonic()
-        if kills < args.kills and kills % 2:
+        if kills < args.kills and kills % 2 == 0:
             new = rng.randint(0, 1)  # checkpoints to let it write before
             while process.poll() is None and not (new <= 0 and any(killed.glob("*.part"))):
                 before = last.exists() and last.read_text()

@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 def test_variants_take_turns_and_warm_up_in_each():
     calls = []
-    variants = [benchmark.Variant(n, lambda n=n: calls.append(n)) for n in "ab"]
+    variants = [benchmark.Variant(n, lambda n=n: calls.append(n), keep_memory=True) for n in "ab"]
     benchmark.measure(variants, CPU, turns=2, runs=1, memory=False)
     assert "".join(calls) == "aaabbbbbbaaa"
     assert [len(v.seconds) for v in variants] == [2, 2]

@@ -105,8 +105,8 @@ def is_running(pid):
     "what, message",
     [
         ("wrong", "The image 7.jpg is broken."),
-        ("wrong everywhere", "The image 7.jpg is broken."),
-        ("raise", "ValueError: a bug"),
+        pytest.param("wrong everywhere", "The image 7.jpg is broken.", marks=pytest.mark.slow),
+        pytest.param("raise", "ValueError: a bug", marks=pytest.mark.slow),
         ("die", "process 1 (rank 1) was ended by SIGKILL"),
     ],
 )
