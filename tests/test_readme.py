@@ -105,8 +105,10 @@ def test_commands_and_python_run_in_order(checkout):
         if "train_net.py" in words or "tools/slurm.sh" in words:
             # There is no network to get the ImageNet weights from.
             words += SMALL + ([] if "MODEL.WEIGHTS" in words else ["MODEL.WEIGHTS", ""])
+            if "SOLVER.REFERENCE_WORLD_SIZE" not in words:  # which makes it several steps
+                words += ["SOLVER.REFERENCE_WORLD_SIZE", "0", "SOLVER.IMS_PER_BATCH", "4"]
         if "tools/benchmark.py" in words:
-            words[3:3] = ["--turns", "1", "--image-size", "64", "64"]
+            words[3:3] = ["--turns", "1", "--image-size", "64", "64", "--models", "GN+WS", "GN"]
             words += SMALL if "--opts" in words else ["--opts", *SMALL]
         if "--machine-rank 0" in command:
             first = words

@@ -336,6 +336,7 @@ def test_versions_and_sources_are_compared(monkeypatch, tmp_path):
     assert "detectron2 (" in str(e.value) and "gnws_d2's source files (" in str(e.value)
 
 
+@pytest.mark.slow
 def test_groups_of_detectron2_have_the_timeout(job, tmp_path):
     """Collectives that are never answered end after DISTRIBUTED.TIMEOUT."""
     (tmp_path / "job.py").write_text(

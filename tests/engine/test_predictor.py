@@ -52,7 +52,7 @@ def published(tmp_path):
     return published
 
 
-@networks("faster_rcnn_X50_32x4d_gnws_1x", "mask_rcnn_R50_gnws_2x")
+@networks("mask_rcnn_R50_gnws_2x")
 def test_every_way_to_load_gives_the_same(
     name, published, photographs, server, tmp_path, monkeypatch
 ):

@@ -150,6 +150,7 @@ def test_killed_run_resumes_bit_for_bit(tmp_path):
     """The short form of ``tools/stress_test.py kill``."""
     tool = [sys.executable, str(ROOT / "tools" / "stress_test.py"), "kill"]
     tool += ["--kills", "1", "--period", "2", "--iterations", "4", "--output", "stress"]
+    tool += ["--delay", "0.001"]
     run = subprocess.run(tool, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "while it wrote model_" in run.stdout
