@@ -341,8 +341,10 @@ def _run_workers(main: Callable, cfg: CfgNode, args: argparse.Namespace) -> None
     workers = context.processes
     try:
         # Those that were asked to end are left the time to write a checkpoint.
-        while not (errors := _read_errors(context, args)):
-            if not (running := [p.sentinel for p in workers if p.exitcode is None]):
+        while True:
+            # Before their errors are read, as one may end in between.
+            running = [p.sentinel for p in workers if p.exitcode is None]
+            if (errors := _read_errors(context, args)) or not running:
                 break
             # A process that has failed may hang where it destroys its process groups.
             connection.wait(running, timeout=1)
