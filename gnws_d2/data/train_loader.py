@@ -26,6 +26,7 @@ from .dataset_mapper import BadImageError
 _Key = tuple[int, int]
 
 _MAX_REPLACEMENTS = 10
+_HAS_SIGWAITINFO = hasattr(signal, "sigwaitinfo")  # not on macOS
 
 
 class TrainLoader:
@@ -87,7 +88,9 @@ class TrainLoader:
             generator=torch.Generator(),  # else it draws from the one of the process
             worker_init_fn=_end_for_parent_alone,
         )
-        for batch in loader:
+        with _sigterm_blocked():  # workers inherit it, and have it from their first moment
+            batches = iter(loader)
+        for batch in batches:
             for record in batch:
                 for file_name, message in record.pop("bad_images", ()):
                     self._count_bad_image(file_name, message)
@@ -121,14 +124,23 @@ class TrainLoader:
         return self._batches.resume([tuple(part) for part in state["parts"]])
 
 
+@contextlib.contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Let SIGTERM wait until the end of a block, and for good in processes that start there."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM] if _HAS_SIGWAITINFO else [])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _end_for_parent_alone(worker_id: int) -> None:
     """
-    Have SIGTERM end this worker only if the training process has sent it. Schedulers send it to
-    every process, and what is to be done about it is for the training process.
+    Have SIGTERM, which is blocked, end this worker only if the training process has sent it.
+    Schedulers send it to every process, and it is for the training process to act on it.
     """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
+    if not _HAS_SIGWAITINFO:
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
