@@ -14,7 +14,8 @@ from detectron2.utils.file_io import PathManager
 from ..config import check_choice
 from ..data import check_coco_json
 from ..utils.errors import UserError
-from .launch import parse_dist_url, torchrun_options
+from .launch import torchrun_options
+from .machines import parse_dist_url
 
 
 def check_setup(cfg: CfgNode, args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 import train_net
 from gnws_d2.engine import get_config, launch
-from gnws_d2.engine.launch import check_machines
+from gnws_d2.engine.machines import check_machines
 from gnws_d2.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
