@@ -5,7 +5,9 @@ setup(
     version="0.1.0",
     description="Group Normalization + Weight Standardization detectors for Detectron2",
     license="Apache-2.0",
-    packages=find_packages(include=["gnws_d2", "gnws_d2.*"]),
+    packages=[*find_packages(include=["gnws_d2", "gnws_d2.*"]), "gnws_tools"],
+    package_dir={"gnws_tools": "tools"},
+    entry_points={"console_scripts": ["gnws = gnws_tools.gnws:main"]},
     package_data={"gnws_d2.model_zoo": ["*.json", "configs/*.yaml"]},
     python_requires=">=3.10",
     # By name: requirements.txt holds the versions that are known to work together.

@@ -9,10 +9,11 @@ import argparse
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from gnws_tools.arguments import train_argument_parser
 
 import gnws_d2  # noqa: F401  (registers the models and the built-in data)
 from gnws_d2.checkpoint import GNWSCheckpointer
-from gnws_d2.engine import Trainer, argument_parser, check_setup, get_config, launch
+from gnws_d2.engine import Trainer, check_setup, get_config, launch
 from gnws_d2.utils.errors import exit_on_user_error
 
 
@@ -35,7 +36,7 @@ def main(args: argparse.Namespace) -> dict | None:
 
 @exit_on_user_error
 def invoke_main() -> None:
-    args = argument_parser().parse_args()
+    args = train_argument_parser().parse_args()
     cfg = get_config(args)
     check_setup(cfg, args)
     launch(main, cfg, args)

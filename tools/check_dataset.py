@@ -9,27 +9,30 @@ import json
 import os
 import sys
 from collections import defaultdict
-
-from gnws_d2.data.check import Fault, check_dataset
-from gnws_d2.utils.errors import UserError, exit_on_user_error
-from gnws_d2.utils.files import replace_file
+from typing import Any
 
 SHOWN = 10  # of each kind
 
 
-@exit_on_user_error
-def main() -> None:
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("annotations", metavar="ANNOTATIONS", help="the JSON file")
     parser.add_argument("images", metavar="IMAGES", help="the directory of the images")
     parser.add_argument("--no-images", action="store_true", help="do not open the images")
     parser.add_argument("--output", metavar="FILE.json", help="where to write all faults, too")
-    args = parser.parse_args()
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    from gnws_d2.data.check import check_dataset
+    from gnws_d2.utils.errors import UserError
+    from gnws_d2.utils.files import replace_file
+
     if not os.path.isdir(args.images):
         raise UserError(f"The image directory {args.images} does not exist.")
     if args.output and not os.path.isdir(os.path.dirname(os.path.abspath(args.output))):
         raise UserError(f"The directory of --output {args.output} does not exist.")
-    kinds: dict[tuple[str, str], list[Fault]] = defaultdict(list)
+    kinds: dict[tuple[str, str], list[Any]] = defaultdict(list)
     found = check_dataset(args.annotations, args.images, open_images=not args.no_images)
     for fault in found:
         kinds[fault.level, fault.kind].append(fault)
@@ -54,6 +57,14 @@ def main() -> None:
         except OSError as e:
             raise UserError(f"Cannot write {args.output}: {e.strerror or e}.") from e
     sys.exit(1 if total else 0)
+
+
+def main() -> None:
+    args = argument_parser().parse_args()
+    # Not before, so that --help does not wait for PyTorch.
+    from gnws_d2.utils.errors import exit_on_user_error
+
+    exit_on_user_error(check)(args)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,21 @@
 
 import argparse
 
-from gnws_d2.checkpoint import convert_to_mmdet, load_checkpoint, save_checkpoint
-from gnws_d2.utils.errors import UserError, exit_on_user_error
 
-
-@exit_on_user_error
-def main() -> None:
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("input", metavar="IN", help="a file of any known format")
     parser.add_argument("output", metavar="OUT", help="the file to write")
     parser.add_argument(
         "--to", choices=["detectron2", "mmdet"], default="detectron2", help="format of OUT"
     )
-    args = parser.parse_args()
+    return parser
+
+
+def convert(args: argparse.Namespace) -> None:
+    from gnws_d2.checkpoint import convert_to_mmdet, load_checkpoint, save_checkpoint
+    from gnws_d2.utils.errors import UserError
+
     checkpoint = load_checkpoint(args.input)
     if args.to == "mmdet":
         try:
@@ -23,6 +25,14 @@ def main() -> None:
         except UserError as e:
             raise UserError(f"The checkpoint {args.input} cannot be converted: {e}") from e
     save_checkpoint(checkpoint, args.output)
+
+
+def main() -> None:
+    args = argument_parser().parse_args()
+    # Not before, so that --help does not wait for PyTorch.
+    from gnws_d2.utils.errors import exit_on_user_error
+
+    exit_on_user_error(convert)(args)
 
 
 if __name__ == "__main__":

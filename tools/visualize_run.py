@@ -5,11 +5,12 @@ import argparse
 import json
 import os
 
+from gnws_tools.arguments import add_dataset_argument
 from tabulate import tabulate
 
 import gnws_d2  # noqa: F401  (registers the built-in data)
 from gnws_d2.data import register_coco_datasets
-from gnws_d2.engine import add_dataset_argument, load_config
+from gnws_d2.engine import load_config
 from gnws_d2.utils.errors import UserError, exit_on_user_error
 from gnws_d2.utils.visualizer import draw_predictions, plot_losses
 

@@ -1,11 +1,9 @@
 from .checks import check_setup
-from .defaults import Trainer, add_dataset_argument, argument_parser, get_config, load_config
+from .defaults import Trainer, get_config, load_config
 from .launch import launch
 
 __all__ = [
     "Trainer",
-    "add_dataset_argument",
-    "argument_parser",
     "check_setup",
     "get_config",
     "launch",

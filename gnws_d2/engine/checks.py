@@ -24,7 +24,7 @@ def check_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
 
     Args:
         cfg: of :func:`get_config`.
-        args: of :func:`argument_parser`.
+        args: of ``train_net.py``.
 
     Raises:
         UserError: for the first thing that is wrong.

@@ -1,6 +1,7 @@
 """Detectron2's default trainer and command line, with what GN+WS models need of them."""
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
@@ -17,12 +18,12 @@ from detectron2.engine import (
     HookBase,
     TrainerBase,
     create_ddp_model,
-    default_argument_parser,
     hooks,
 )
 from detectron2.utils import comm
 from fvcore.common.config import BASE_KEY
 
+from .. import model_zoo
 from ..checkpoint import GNWSCheckpointer
 from ..config import add_gnws_config
 from ..data import OpenCVDatasetMapper, register_coco_datasets
@@ -30,7 +31,6 @@ from ..data.train_loader import TrainLoader, build_train_loader, derive_seed
 from ..evaluation import COCOEvaluator
 from ..utils.errors import UserError
 from .hooks import BestCheckpointer, PeriodicCheckpointer, StopOnSignal
-from .launch import set_torchrun_defaults
 from .train_loop import FiniteAMPTrainer, FiniteTrainer
 
 # No config has more bytes, files in its chain of _BASE_, or aliases (*name): Detectron2 writes two,
@@ -38,36 +38,12 @@ from .train_loop import FiniteAMPTrainer, FiniteTrainer
 _MAX_CONFIG_BYTES, _MAX_CONFIG_FILES, _MAX_CONFIG_ALIASES = 2**18, 100, 10
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """
-    Detectron2's :func:`default_argument_parser` with ``--dataset``, a free port by default, and,
-    under torchrun, its numbers of processes and machines.
-    """
-    parser = default_argument_parser()
-    set_torchrun_defaults(parser)
-    add_dataset_argument(parser)
-    return parser
-
-
-def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``--dataset``, for :func:`register_coco_datasets`."""
-    parser.add_argument(
-        "--dataset",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "ANNOTATIONS.json", "IMAGE_ROOT"),
-        help="register a dataset in COCO format, for use as NAME in DATASETS.TRAIN and "
-        "DATASETS.TEST (repeatable)",
-    )
-
-
 def get_config(args: argparse.Namespace) -> CfgNode:
     """
     Register the datasets and read the config that the command line names.
 
     Args:
-        args: of :func:`argument_parser`.
+        args: of ``train_net.py``.
 
     Returns:
         A frozen config.
@@ -77,6 +53,7 @@ def get_config(args: argparse.Namespace) -> CfgNode:
     """
     if not args.config_file:
         raise UserError("No config file: give one with --config-file, as configs/quick_start.yaml.")
+    args.config_file = _find_config_file(args.config_file)  # Detectron2 logs its content
     register_coco_datasets(args.dataset)
     return load_config(args.config_file, args.opts)
 
@@ -86,7 +63,7 @@ def load_config(config_file: str, opts: list[str]) -> CfgNode:
     Read a config without running code that it may ask for.
 
     Args:
-        config_file: path of a YAML file.
+        config_file: path of a YAML file, or the name of a config of :mod:`gnws_d2.model_zoo`.
         opts: KEY VALUE pairs that override it.
 
     Returns:
@@ -96,6 +73,7 @@ def load_config(config_file: str, opts: list[str]) -> CfgNode:
         UserError: for a config file, key or value that Detectron2 does not take; or for precomputed
             proposals, which Detectron2 reads as pickles.
     """
+    config_file = _find_config_file(config_file)
     cfg = get_cfg()
     add_gnws_config(cfg)
     try:
@@ -118,6 +96,13 @@ def load_config(config_file: str, opts: list[str]) -> CfgNode:
         )
     cfg.freeze()
     return cfg
+
+
+def _find_config_file(path_or_name: str) -> str:
+    if not os.path.exists(path_or_name):
+        with contextlib.suppress(RuntimeError):
+            return model_zoo.get_config_file(path_or_name)
+    return path_or_name
 
 
 def _check_config_file(path: str, files: list[str]) -> None:

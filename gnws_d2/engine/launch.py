@@ -58,7 +58,7 @@ def launch(main: Callable, cfg: CfgNode, args: argparse.Namespace) -> Any:
     Args:
         main: a function of a module.
         cfg: of :func:`get_config`, which :func:`check_setup` has checked.
-        args: of :func:`argument_parser`.
+        args: of ``train_net.py``.
 
     Returns:
         What `main` returns, if it runs in this process.
@@ -95,17 +95,6 @@ def launch(main: Callable, cfg: CfgNode, args: argparse.Namespace) -> Any:
         if args.num_machines > 1:
             share_cause(e, store, args)
         raise
-
-
-def set_torchrun_defaults(parser: argparse.ArgumentParser) -> None:
-    """
-    Make what torchrun says of the processes that it starts the defaults of Detectron2's options,
-    and ``--resume``, when it has started them again.
-    """
-    parser.set_defaults(dist_url="auto")
-    if dist.is_torchelastic_launched():
-        resume = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
-        parser.set_defaults(**torchrun_options(), **({"resume": True} if resume else {}))
 
 
 def torchrun_options() -> dict[str, int]:

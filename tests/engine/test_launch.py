@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from gnws_tools.arguments import train_argument_parser
 
 import train_net
 from gnws_d2.engine import get_config, launch
@@ -26,8 +27,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 JOB = """
 import os, signal, sys, time
 from detectron2.utils import comm
-from gnws_d2.engine import argument_parser, check_setup, get_config, launch
+from gnws_d2.engine import check_setup, get_config, launch
 from gnws_d2.utils.errors import UserError, exit_on_user_error
+from gnws_tools.arguments import train_argument_parser
 
 def main(args):
     what, rank = os.environ["WHAT"], comm.get_rank()
@@ -53,7 +55,7 @@ def main(args):
 
 @exit_on_user_error
 def invoke_main():
-    args = argument_parser().parse_args()
+    args = train_argument_parser().parse_args()
     cfg = get_config(args)
     check_setup(cfg, args)
     launch(main, cfg, args)
@@ -275,12 +277,10 @@ def test_machine_that_does_not_come_is_named(fails, port):
 
 def meet(port, *machines):
     """The errors of machines that start together, each in a thread."""
-    from gnws_d2.engine import argument_parser
-
     errors = {}
 
     def start(i, options):
-        args = argument_parser().parse_args(
+        args = train_argument_parser().parse_args(
             [*two_machines(port), *options[0], *QUICK_START, *options[1]]
         )
         try:

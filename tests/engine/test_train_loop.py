@@ -116,7 +116,8 @@ def test_mixed_precision_keeps_the_scaler_and_the_counts():
 SCRIPT = """
 from detectron2.utils import comm
 import torch
-from gnws_d2.engine import argument_parser, launch, load_config
+from gnws_d2.engine import launch, load_config
+from gnws_tools.arguments import train_argument_parser
 from test_train_loop import Model, make_trainer, run, weights
 from gnws_d2.utils.errors import UserError
 
@@ -136,7 +137,7 @@ def main(args):
 
 if __name__ == "__main__":
     cfg = load_config("CONFIG_FILE", ["MODEL.DEVICE", "cpu"])
-    launch(main, cfg, argument_parser().parse_args(["--num-gpus", "2"]))
+    launch(main, cfg, train_argument_parser().parse_args(["--num-gpus", "2"]))
 """
 
 
