@@ -1,4 +1,6 @@
-"""Every command and every piece of Python in the README runs, on small images and for one step."""
+"""
+Every command and every piece of Python in the documentation runs, on small images and for one step.
+"""
 
 import json
 import os
@@ -14,9 +16,13 @@ import pytest
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-# Run by .ci/run, and each set up the environment that this test runs in.
-SETUP_COMMANDS = ["bash tools/quick_start.sh", "bash tools/run_tests.sh"]
+# In this order: the README trains the model that the others use.
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+PROGRAMS = ("python ", "torchrun ", "sbatch ")
+# Run by .ci/run, and it itself with all tests.
+CI_COMMANDS = ["bash tools/quick_start.sh", "bash tools/run_tests.sh"]
+CI_COMMANDS += ["ruff check", "ruff format --check", "mypy"]
+RUN_BY_CI = ["bash .ci/run", "pytest tests/layers/test_weight_standardization.py"]
 ON_CPUS = {"--num-gpus 8": "--num-gpus 2", "--nproc-per-node 8": "--nproc-per-node 2"}
 # One machine alone; two of --num-machines run at the same time.
 ON_ONE_MACHINE = {"--nnodes 2": "--nnodes 1", "HOST0:29500": "127.0.0.1:{port}"}
@@ -47,8 +53,17 @@ SMALL = [
 ]  # fmt: skip
 
 
+def commands():
+    """Lines of shell blocks, and what is written as `python ...` in the text."""
+    found = [line for block in code_blocks("bash") for line in block.splitlines()]
+    for page in PAGES:
+        found += re.findall(r"`(python [^`]*)`", page.read_text())
+    return list(dict.fromkeys(found))
+
+
 def code_blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    blocks = rf"^```{language}\n(.*?)^```"
+    return [b for p in PAGES for b in re.findall(blocks, p.read_text(), re.DOTALL | re.MULTILINE)]
 
 
 @pytest.fixture(scope="module")
@@ -88,17 +103,15 @@ def run(command, checkout, status=0, beside=None):
     assert done.returncode == status, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
+@pytest.mark.ci
 def test_commands_and_python_run_in_order(checkout):
-    commands = [line for block in code_blocks("bash") for line in block.splitlines()]
-    programs = ("python ", "torchrun ", "sbatch ")
-    assert [command for command in commands if not command.startswith(programs)] == SETUP_COMMANDS
-    commands = [command for command in commands if command.startswith(programs)]
-    assert len(commands) >= 6
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     first = None
-    for command in commands:
+    for command in commands():
+        if not command.startswith(PROGRAMS):
+            continue
         for there, here in (ON_CPUS | ON_ONE_MACHINE | OUT_OF_REACH).items():
             command = command.replace(there, here.replace("{port}", port))
         words = shlex.split(command)
@@ -123,11 +136,14 @@ def test_commands_and_python_run_in_order(checkout):
         run([sys.executable, "-c", code], checkout)
 
 
-def test_ci_runs_the_set_up_commands():
+def test_ci_runs_the_other_commands():
+    others = {command for command in commands() if not command.startswith(PROGRAMS)}
+    assert others == {*CI_COMMANDS, *RUN_BY_CI}
     ci = (ROOT / ".ci" / "run").read_text()
-    assert all(command in ci for command in SETUP_COMMANDS)
+    assert all(command in ci for command in CI_COMMANDS)
 
 
 def test_links_to_files_exist():
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert links and all((ROOT / link).exists() for link in links)
+    links = [(p, link) for p in PAGES for link in re.findall(r"\]\(([^)#:]+)\)", p.read_text())]
+    assert len(links) > 30
+    assert [link for page, link in links if not (page.parent / link).exists()] == []

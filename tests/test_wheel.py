@@ -1,0 +1,101 @@
+"""The wheel works without the checkout, in an environment of its own and from any directory."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96",
+    "SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()", "SOLVER.REFERENCE_WORLD_SIZE", "0",
+    "DATALOADER.NUM_WORKERS", "0", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0",
+]  # fmt: skip
+PREDICT = """
+import cv2, sys
+from pathlib import Path
+import gnws_d2
+from gnws_d2 import Predictor, model_zoo
+assert Path(sys.prefix) in Path(gnws_d2.__file__).parents, gnws_d2.__file__
+cfg = model_zoo.get_config("quick_start")
+cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", "output/model_final.pth"
+cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 3, 0.0
+assert len(Predictor(cfg)(cv2.imread(sys.argv[1]))["instances"])
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("wheel")
+    checkout = tmp_path / "checkout"
+    for name in ("gnws_d2", "tools", "configs"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, checkout / name, symlinks=True, ignore=ignore)
+    for name in ("train_net.py", "setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, checkout / name)
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "-w", str(tmp_path), str(checkout)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    return wheel
+
+
+def test_wheel_carries_configs_and_table_and_scripts(wheel):
+    shipped = set(zipfile.ZipFile(wheel).namelist())
+    for path in (ROOT / "configs").iterdir():
+        assert f"gnws_d2/model_zoo/configs/{path.name}" in shipped
+    assert {f"gnws_d2/model_zoo/{n}.json" for n in ("table", "imagenet_backbones")} <= shipped
+    for path in (ROOT / "tools").glob("*.py"):
+        assert f"gnws_tools/{path.name}" in shipped
+    for path in (ROOT / "gnws_d2").rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            assert str(path.relative_to(ROOT)) in shipped
+
+
+@pytest.mark.ci
+def test_wheel_predicts_trains_and_evaluates_elsewhere(wheel, photographs, tmp_path):
+    venv.create(tmp_path / "env", with_pip=True)
+    bin = tmp_path / "env" / "bin"
+    site_packages = sysconfig.get_path("purelib", vars={"base": str(tmp_path / "env")})
+    # What this test's own environment has, without a copy of it and without this project.
+    Path(site_packages, "installed.pth").write_text(sysconfig.get_path("purelib"))
+    work = tmp_path / "work"
+    work.mkdir()
+
+    def run(*command):
+        environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        done = subprocess.run(
+            [str(bin / command[0]), *command[1:]], cwd=work, env=environ, capture_output=True,
+            text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(
+        "python",
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-index",
+        "--ignore-installed",
+        "--no-deps",
+        wheel,
+    )
+    assert run("gnws", "--version").strip() == wheel.name.split("-")[1]
+    model = ["--config-file", "quick_start"]
+    data = ["--dataset", "fruits", str(photographs.json_file), str(photographs.images)]
+    keys = ["DATASETS.TRAIN", "('fruits',)", "DATASETS.TEST", "('fruits',)", *SMALL]
+    keys += ["MODEL.ROI_HEADS.NUM_CLASSES", "3", "OUTPUT_DIR", "output"]
+    run("gnws", "train", "--num-gpus", "2", *model, *data, *keys, "SOLVER.MAX_ITER", "2")
+    run("gnws", "eval", *model, *data, *keys, "MODEL.WEIGHTS", "output/model_final.pth")
+    assert json.loads((work / "output/inference/coco_instances_results.json").read_text())
+    run("python", "-c", PREDICT, str(next(Path(photographs.images).iterdir())))
+    run("gnws", "convert", "output/model_final.pth", "mmdet.pth", "--to", "mmdet")
+    assert (work / "mmdet.pth").is_file()
