@@ -30,7 +30,7 @@ def main() -> None:
     args = argument_parser().parse_args()
     # Not before, so that --help does not wait for PyTorch.
     from gnws_d2.engine import load_config
-    from gnws_d2.export import export_model, format_table
+    from gnws_d2.engine.export import export_model, format_table
     from gnws_d2.utils.errors import exit_on_user_error
 
     @exit_on_user_error

@@ -1,4 +1,4 @@
-from .api import FORMATS, Exported, export_model, format_table
+from .detections import compare_detections, detect
 from .fold import fold_model
 
-__all__ = ["FORMATS", "Exported", "export_model", "fold_model", "format_table"]
+__all__ = ["compare_detections", "detect", "fold_model"]

@@ -1,7 +1,5 @@
 """A folded model as an ONNX file, by Detectron2's adapter for tracing."""
 
-import io
-
 import torch
 from detectron2.export import TracingAdapter
 from detectron2.modeling import GeneralizedRCNN
@@ -35,11 +33,10 @@ def save_onnx(model: GeneralizedRCNN, image: Tensor, path: str) -> None:
 
     example = detect(model, image)
     names = sorted(example)  # as the adapter has them
-    buffer = io.BytesIO()
     torch.onnx.export(
         TracingAdapter(model, image, detect),
         (image,),
-        buffer,
+        path,
         input_names=["image"],
         output_names=names,
         dynamic_axes={
@@ -50,7 +47,7 @@ def save_onnx(model: GeneralizedRCNN, image: Tensor, path: str) -> None:
         # The new exporter takes no Python that depends on values, as Detectron2's does.
         dynamo=False,
     )
-    proto = onnx.load_from_string(buffer.getvalue())
+    proto = onnx.load(path)
     for output in proto.graph.output:
         # The exporter loses these.
         sizes = example[output.name].shape[1:]

@@ -2,9 +2,7 @@
 
 import importlib.util
 import os
-import statistics
 import tempfile
-import time
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +17,14 @@ from torch import Tensor, nn
 
 from ..checkpoint import GNWSCheckpointer, save_checkpoint
 from ..data import OpenCVDatasetMapper
+from ..export.detections import Comparison, Detector, compare_detections, detect
+from ..export.fold import fold_model
+from ..export.onnx import load_onnx, save_onnx
+from ..export.torchscript import load_torchscript, save_torchscript
 from ..layers import WSConv2d
+from ..modeling.keys import get_kernels
 from ..utils.errors import RunError, UserError
-from .detections import Comparison, Detector, compare_detections, detect
-from .fold import fold_model
-from .onnx import load_onnx, save_onnx
-from .torchscript import load_torchscript, save_torchscript
+from .benchmark import Variant, measure
 
 # The files of each format; that of the weights is the first.
 FORMATS = {
@@ -33,22 +33,19 @@ FORMATS = {
     "onnx": ("model.onnx",),
 }
 _ONNX_PACKAGES = ("onnx", "onnxruntime")
-# What TorchScript and ONNX files hold, and why nothing else.
+# What a model in a TorchScript or ONNX file has in these keys, and why nothing else.
 _IN_A_GRAPH: dict[str, tuple[tuple[Any, ...], str]] = {
-    "TEST.AUG.ENABLED": ((False,), "such a file is one run of the network, not one for each size"),
+    "TEST.AUG.ENABLED": ((False,), "a file is one run of the network, not one for each size"),
     "MODEL.KEYPOINT_ON": ((False,), "keypoints are none of its outputs"),
     "MODEL.RESNETS.DEFORM_ON_PER_STAGE": (
         ([False] * 4,),
-        "deformable convolutions are Detectron2's own operator, which other programs have not",
+        "deformable convolutions are an operator of Detectron2, which other programs have not",
     ),
-    "MODEL.PROPOSAL_GENERATOR.NAME": (("RPN",), "the proposals are found in the file"),
-    "MODEL.ANCHOR_GENERATOR.NAME": (("DefaultAnchorGenerator",), "boxes have no angle"),
-    "MODEL.ROI_HEADS.NAME": (("StandardROIHeads",), "other heads were not made to be exported"),
-    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": (("ROIAlignV2", "ROIAlign"), "others have no operator"),
-    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": (("ROIAlignV2", "ROIAlign"), "others have no operator"),
+    "MODEL.PROPOSAL_GENERATOR.NAME": (("RPN",), "the network in a file makes its own proposals"),
+    "MODEL.ROI_HEADS.NAME": (("StandardROIHeads",), "other heads are not known to work"),
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": (("ROIAlignV2", "ROIAlign"), "others are not known to work"),
+    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": (("ROIAlignV2", "ROIAlign"), "others are not known to work"),
 }
-
-
 _IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _NUM_IMAGES = 5  # of a directory
 
@@ -61,16 +58,18 @@ class Exported:
     Attributes:
         files: their paths, that of the weights first.
         comparisons: for each image.
+        image_size: (H, W) of the first image, as the network gets it.
         model_bytes, file_bytes: of the model's parameters, and of the files together.
-        model_seconds, file_seconds: for each image, on the CPU.
+        model_seconds, file_seconds: for the first image, on the CPU.
     """
 
     files: list[str]
     comparisons: list[Comparison]
+    image_size: tuple[int, int]
     model_bytes: int
     file_bytes: int
-    model_seconds: list[float]
-    file_seconds: list[float]
+    model_seconds: float
+    file_seconds: float
 
 
 def export_model(cfg: CfgNode, format: str, output_dir: str, images: str) -> Exported:
@@ -112,6 +111,7 @@ def export_model(cfg: CfgNode, format: str, output_dir: str, images: str) -> Exp
     GNWSCheckpointer(model, strict=True).load(cfg.MODEL.WEIGHTS)
     mapper = OpenCVDatasetMapper(on_cpu, is_train=False)
     inputs = {path: mapper({"file_name": path})["image"] for path in _find_images(images)}
+    image = next(iter(inputs.values()))
     original = partial(detect, model)
 
     names = FORMATS[format]
@@ -127,9 +127,14 @@ def export_model(cfg: CfgNode, format: str, output_dir: str, images: str) -> Exp
                 with open(os.path.join(part, names[1]), "w") as f:
                     f.write(stock.dump())
             else:
-                exported = _write_graph(folded, format, path, next(iter(inputs.values())))
+                exported = _write_graph(folded, format, path, image)
             comparisons = _compare(original, exported, inputs, cfg)
-            seconds = _measure(original, exported, inputs)
+            variants = [
+                # Our models on CPUs have the C library keep freed memory.
+                Variant("model", partial(original, image), get_kernels(cfg) == "auto"),
+                Variant("file", partial(exported, image)),
+            ]
+            measure(variants, torch.device("cpu"), turns=2, memory=False)
             file_bytes = sum(os.path.getsize(os.path.join(part, name)) for name in names)
             for name in names:
                 os.replace(os.path.join(part, name), os.path.join(output_dir, name))
@@ -138,9 +143,10 @@ def export_model(cfg: CfgNode, format: str, output_dir: str, images: str) -> Exp
     return Exported(
         [os.path.join(output_dir, name) for name in names],
         comparisons,
+        (image.shape[1], image.shape[2]),
         sum(p.numel() * p.element_size() for p in model.parameters()),
         file_bytes,
-        *seconds,
+        *(variant.median for variant in variants),
     )
 
 
@@ -150,14 +156,14 @@ def format_table(exported: Exported) -> str:
         Size and speed of the model and of what was exported, in Markdown, and what was checked.
     """
     rows = [
-        [name, f"{size / 1e6:.1f}", f"{statistics.median(seconds):.4g}"]
+        [name, f"{size / 1e6:.1f}", f"{seconds:.4g}"]
         for name, size, seconds in (
             ("the model (eager)", exported.model_bytes, exported.model_seconds),
             (exported.files[0], exported.file_bytes, exported.file_seconds),
         )
     ]
-    threads = torch.get_num_threads()
-    header = ["", "size (MB)", f"s/im ({threads} CPU thread{'s' if threads > 1 else ''})"]
+    (h, w), threads = exported.image_size, torch.get_num_threads()
+    header = ["", "size (MB)", f"s/im ({h} x {w}, CPU, threads: {threads})"]
     compared = exported.comparisons
     iou = min(c.min_iou for c in compared)
     score = max(c.max_score_difference for c in compared)
@@ -255,16 +261,3 @@ def _compare(
             f"MODEL.ROI_HEADS.SCORE_THRESH_TEST (now {cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST})."
         )
     return comparisons
-
-
-def _measure(
-    original: Detector, exported: Detector, inputs: dict[str, Tensor]
-) -> tuple[list[float], list[float]]:
-    """Seconds for each image, in turns."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for image in inputs.values():
-        for run, measured in zip((original, exported), seconds):
-            start = time.perf_counter()
-            run(image)
-            measured.append(time.perf_counter() - start)
-    return seconds
