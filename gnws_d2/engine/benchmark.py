@@ -26,8 +26,8 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checkpoint.fold import STOCK_NAMES
 from ..data import OpenCVDatasetMapper
+from ..export.fold import STOCK_NAMES
 from ..layers import GroupNorm, WSConv2d, fold_ws_conv, group_norm, standardize_weight
 from ..layers.weight_standardization import standardize_weight_reference
 from ..utils.memory import keep_freed_memory
