@@ -19,7 +19,6 @@ from detectron2.data import Metadata, MetadataCatalog
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from detectron2.utils.video_visualizer import VideoVisualizer
-from detectron2.utils.visualizer import Visualizer
 from tqdm import tqdm
 
 from .. import model_zoo
@@ -28,6 +27,7 @@ from ..data.check import read_categories
 from ..data.dataset_mapper import BadImageError
 from ..utils.errors import UserError, say
 from ..utils.files import replace_file
+from ..utils.label_visualizer import LabelVisualizer
 from .checks import check_num_classes, check_registered
 from .defaults import load_config
 from .predictor import Predictor
@@ -118,6 +118,7 @@ def _run_on_images(args: argparse.Namespace) -> int:
     paths, faults = find_images(args.input)
     if not paths:
         raise UserError(f"There is nothing to read: {'; '.join(faults)}.")
+    total = len(paths) + len(faults)
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     names = {path: os.path.relpath(path, root) for path in paths}
     pictures: dict[str, str] = _picture_paths(args.output, names) if args.output else {}
@@ -148,7 +149,7 @@ def _run_on_images(args: argparse.Namespace) -> int:
     if args.output:
         _write_coco(coco, args.output)
     if faults:
-        say(f"{len(faults)} inputs could not be read.")
+        say(f"{len(faults)} of {total} inputs could not be read.")
     return 1 if faults else 0
 
 
@@ -243,7 +244,7 @@ def _batch_size(args: argparse.Namespace, predictor: Predictor) -> int:
 def _draw(image: np.ndarray, instances: Instances, metadata: Metadata) -> np.ndarray:
     """A picture in BGR order, like the image. Instances are on the CPU."""
     scale = max(1.0, _MIN_WIDTH / image.shape[1])
-    visualizer = Visualizer(image[:, :, ::-1], metadata, scale)
+    visualizer = LabelVisualizer(image[:, :, ::-1], metadata, scale)
     drawn = visualizer.draw_instance_predictions(instances).get_image()
     return np.ascontiguousarray(drawn[:, :, ::-1])
 
