@@ -172,10 +172,13 @@ class GNWSCheckpointer(DetectionCheckpointer):
             path: a local file, a URL, ``gnws://...``, or "" for none.
 
         Raises:
-            UserError: see :func:`load_checkpoint`; or if the checkpoint does not fit the model.
+            UserError: see :func:`load_checkpoint`; or if there is no such file, or the checkpoint
+                does not fit the model.
         """
         if self.strict and not path:
             raise UserError("MODEL.WEIGHTS is empty: name the checkpoint to use.")
+        if path and "://" not in path and not self.path_manager.isfile(path):
+            raise UserError(f"MODEL.WEIGHTS {path} does not exist.")
         self._path = path
         try:
             return super().load(path, *args, **kwargs)

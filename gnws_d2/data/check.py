@@ -109,6 +109,22 @@ def check_dataset(json_file: str, image_root: str, *, open_images: bool = True) 
     return faults
 
 
+def read_categories(json_file: str) -> dict[Any, str]:
+    """
+    Returns:
+        The names of the classes of an annotation file by their ids, in the order of the ids, as
+        Detectron2 numbers them.
+
+    Raises:
+        UserError: if the file cannot be read, is in another format, or for a faulty category.
+    """
+    categories = read_coco_json(json_file)["categories"]
+    alone = {"categories": categories, "images": [], "annotations": []}
+    for fault in find_faults(alone, "", masks=False):
+        raise UserError(f"{json_file}: {fault.message}")
+    return {c["id"]: c["name"] for c in sorted(categories, key=lambda c: c["id"])}
+
+
 def read_coco_json(json_file: str) -> dict[str, Any]:
     """
     Returns:

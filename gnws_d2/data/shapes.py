@@ -105,4 +105,8 @@ def register_shapes() -> None:
     """Register "shapes_train" and "shapes_val" in Detectron2's catalogs."""
     for name in _SPLITS:
         DatasetCatalog.register(name, lambda name=name: load_shapes(name))
-        MetadataCatalog.get(name).set(thing_classes=list(CLASSES), evaluator_type="coco")
+        MetadataCatalog.get(name).set(
+            thing_classes=list(CLASSES),
+            thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASSES))},
+            evaluator_type="coco",
+        )

@@ -138,7 +138,6 @@ def _check_classes(cfg: CfgNode, keys: tuple[str, ...]) -> None:
         for name in cfg.DATASETS[key]:
             if name not in classes:
                 classes[name] = _dataset_classes(cfg, key, name)
-    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     first = next(iter(classes), None)
     for name, names in classes.items():
         if names != classes[first]:
@@ -146,20 +145,36 @@ def _check_classes(cfg: CfgNode, keys: tuple[str, ...]) -> None:
                 f"The classes of the datasets {first} ({_join(classes[first])}) and {name} "
                 f"({_join(names)}) differ: a model is trained and tested on the same classes."
             )
-        if len(names) != num_classes:
-            raise UserError(
-                f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}, but the dataset {name} has "
-                f"{len(names)} classes ({_join(names)}): set MODEL.ROI_HEADS.NUM_CLASSES "
-                f"{len(names)}."
-            )
+        check_num_classes(cfg, name, names)
+
+
+def check_num_classes(cfg: CfgNode, dataset: str, classes: list[str]) -> None:
+    """
+    Raises:
+        UserError: if the model has another number of classes than the dataset.
+    """
+    if len(classes) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+        raise UserError(
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, but the dataset "
+            f"{dataset} has {len(classes)} classes ({_join(classes)}): set "
+            f"MODEL.ROI_HEADS.NUM_CLASSES {len(classes)}."
+        )
+
+
+def check_registered(key: str, dataset: str) -> None:
+    """
+    Raises:
+        UserError: if there is no such dataset, which ``DATASETS.{key}`` names.
+    """
+    if dataset not in DatasetCatalog:
+        raise UserError(
+            f"DATASETS.{key} names {dataset}, which is not registered: add "
+            f"--dataset {dataset} ANNOTATIONS.json IMAGE_ROOT."
+        )
 
 
 def _dataset_classes(cfg: CfgNode, key: str, name: str) -> list[str]:
-    if name not in DatasetCatalog:
-        raise UserError(
-            f"DATASETS.{key} names {name}, which is not registered: add "
-            f"--dataset {name} ANNOTATIONS.json IMAGE_ROOT."
-        )
+    check_registered(key, name)
     metadata = MetadataCatalog.get(name)
     json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
     for what, path in (("annotation file", json_file), ("image directory", image_root)):
