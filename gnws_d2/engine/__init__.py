@@ -1,5 +1,12 @@
 from .checks import check_setup
-from .defaults import Trainer, add_dataset_argument, argument_parser, get_config, load_config
+from .defaults import (
+    Trainer,
+    add_dataset_argument,
+    argument_parser,
+    default_setup,
+    get_config,
+    load_config,
+)
 from .launch import launch
 
 __all__ = [
@@ -7,6 +14,7 @@ __all__ = [
     "add_dataset_argument",
     "argument_parser",
     "check_setup",
+    "default_setup",
     "get_config",
     "launch",
     "load_config",
