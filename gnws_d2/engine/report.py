@@ -41,7 +41,7 @@ _NUM_PICTURES = 4
 _THRESHOLD = 0.5  # of the score of detections that are drawn and counted
 _FOUND, _MISTAKE = "#3b9dff", "#ff8a1f"  # which the colour blind tell apart, too
 _PUBLISHED_ON = "coco_2017_val"
-_NONE = "–"  # noqa: RUF001  (for a value that is not there)
+_NONE = "\N{EN DASH}"  # for a value that is not there
 
 Block = dict[str, Any]  # what the template shows, by "kind"
 
@@ -80,12 +80,12 @@ def make_report(run_dirs: list[str], datasets: list[list[str]]) -> None:
         output = os.path.join(runs[0].path, "compare.html")
         write_comparison(runs, evaluations, output)
     for run, of_run in zip(runs, evaluations):
-        head, rows = _ap_table(of_run)
-        if rows:
-            print(tabulate(rows, [run.path, *head[1:]], tablefmt="github", disable_numparse=True))
-        else:
-            print(f"{run.path} has no predictions on {_join(run.cfg.DATASETS.TEST)} yet.")
-        print()
+        for evaluation in of_run:
+            head = [f"{run.name} on {evaluation.dataset_name} (%)", *METRICS]
+            rows = _ap_rows(evaluation)
+            print(tabulate(rows, head, "github", disable_numparse=True) + "\n")
+        if not of_run:
+            print(f"{run.path} has no predictions on {_join(run.cfg.DATASETS.TEST)} yet.\n")
     print(output)
 
 
@@ -239,7 +239,8 @@ def _write(output: str, title: str, subtitle: str, sections: list[Block]) -> Non
         title=title,
         subtitle=subtitle,
         sections=sections,
-        footer="Written by gnws_d2. AP is COCO's, in percent; without ground truth it is " + _NONE,
+        footer=f"Written by gnws_d2. AP is COCO's, in percent, and {_NONE} where there is nothing "
+        "to find.",
     )
     with replace_file(output) as f:
         f.write(page)
@@ -336,21 +337,18 @@ def _ap_over_time(run: Run) -> Series:
     return curves
 
 
-def _ap_table(evaluations: list[Evaluation]) -> tuple[list[str], list[list[str]]]:
+def _ap_rows(evaluation: Evaluation) -> list[list[str]]:
     rows = []
-    for evaluation in evaluations:
-        for task, analysis in evaluation.tasks.items():
-            name = f"{evaluation.dataset_name}, {TASKS[task]}"
-            rows.append([name, *(_format(analysis.ap[metric]) for metric in METRICS)])
-            if task in evaluation.published:
-                published = [_format(evaluation.published[task]), *[""] * (len(METRICS) - 1)]
-                rows.append([f"{name}, published by MMDetection", *published])
-    return ["", *METRICS], rows
+    for task, analysis in evaluation.tasks.items():
+        rows.append([TASKS[task], *(_format(analysis.ap[metric]) for metric in METRICS)])
+        if task in evaluation.published:
+            published = [_format(evaluation.published[task]), *[""] * (len(METRICS) - 1)]
+            rows.append([f"{TASKS[task]}, published by MMDetection", *published])
+    return rows
 
 
 def _evaluation_sections(evaluation: Evaluation) -> list[Block]:
     name, tasks = evaluation.dataset_name, evaluation.tasks
-    head, rows = _ap_table([evaluation])
     note = (
         f"In percent, of {len(evaluation.truth.imgs):,} images. AP is the mean of the IoU "
         "thresholds 0.50 to 0.95; APs, APm and APl are of objects of less than 32² pixels, up to "
@@ -377,7 +375,7 @@ def _evaluation_sections(evaluation: Evaluation) -> list[Block]:
         for task, a in tasks.items()
     }
     blocks = [
-        _table(head, rows, title="AP", note=note),
+        _table(["", *METRICS], _ap_rows(evaluation), title="AP", note=note),
         _table(["class", *columns], class_rows, "bars", title="AP of the classes"),
         {"kind": "charts", "charts": curves, "note": "Mean of the classes, as in COCO's AP."},
     ]
@@ -455,7 +453,7 @@ def _picture(evaluation: Evaluation, image_id: int) -> dict[str, str]:
 
 
 def _compare(a: float, b: float) -> list[str]:
-    difference = f"{b - a:+.1f}".replace("-", "−") if math.isfinite(b - a) else _NONE  # noqa: RUF001
+    difference = f"{b - a:+.1f}".replace("-", "\N{MINUS SIGN}") if math.isfinite(b - a) else _NONE
     return [_format(a), _format(b), difference]
 
 

@@ -80,9 +80,10 @@ def _published_row(cfg: CfgNode) -> dict[str, Any] | None:
     return None
 
 
-def _recipe(cfg: CfgNode) -> list[Any]:
+def _recipe(cfg: CfgNode) -> str:
     model = {k: v for k, v in cfg.MODEL.items() if k not in ("WEIGHTS", "DEVICE", "GNWS")}
-    return [model, *(cfg.SOLVER[key] for key in ("IMS_PER_BATCH", "MAX_ITER", "STEPS"))]
+    solver = [cfg.SOLVER[key] for key in ("IMS_PER_BATCH", "MAX_ITER", "STEPS")]
+    return json.dumps([model, solver])  # in which tuples are lists, as in a config that was written
 
 
 def _read_metrics(path: str) -> list[dict[str, Any]]:

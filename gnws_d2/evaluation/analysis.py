@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import matplotlib
 import numpy as np
 import tidecv
 from pycocotools.cocoeval import COCOeval
@@ -110,7 +111,8 @@ def _tide_errors(evaluation: COCOeval, results: list[dict[str, Any]]) -> dict[st
             result["bbox"],
             result["segmentation"] if mask else None,
         )
-    tide = tidecv.TIDE()
+    with matplotlib.rc_context():  # TIDE sets a style of its own for all figures
+        tide = tidecv.TIDE()
     try:
         tide.evaluate(truth, found, mode=tidecv.TIDE.MASK if mask else tidecv.TIDE.BOX)
         errors = tide.get_all_errors()

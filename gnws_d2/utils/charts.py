@@ -124,7 +124,8 @@ def _draw(plot: Callable[[Axes], None], size: tuple[float, float]) -> Chart:
                     handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=9
                 )
             svg = io.BytesIO()
-            fig.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+            no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            fig.savefig(svg, format="svg", transparent=True, metadata=no_metadata)
         chart[name] = data_uri("image/svg+xml", svg.getvalue())
     return chart
 

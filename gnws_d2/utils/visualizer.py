@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 from detectron2.structures import BoxMode
-from detectron2.utils.visualizer import Visualizer
 from matplotlib.figure import Figure
+
+from .label_visualizer import LabelVisualizer
 
 
 def draw_objects(
@@ -16,7 +17,7 @@ def draw_objects(
     width: int = 480,
 ) -> np.ndarray:
     """
-    Draw boxes, and masks if there are any, with Detectron2's :class:`Visualizer`.
+    Draw boxes, and masks if there are any, with Detectron2's visualizer.
 
     Args:
         image: (H, W, 3), uint8, RGB.
@@ -33,7 +34,7 @@ def draw_objects(
     ]
     has_masks = all("segmentation" in o for o in objects)
     return (
-        Visualizer(image, scale=width / image.shape[1], font_size_scale=1.5)
+        LabelVisualizer(image, scale=width / image.shape[1], font_size_scale=1.5)
         .overlay_instances(
             boxes=np.asarray(boxes, dtype=np.float64).reshape(-1, 4),
             masks=[o["segmentation"] for o in objects] if has_masks else None,
