@@ -179,8 +179,6 @@ def write_comparison(runs: list[Run], evaluations: list[list[Evaluation]], outpu
     names = [run.name for run in runs]
     if names[0] == names[1]:
         names = [os.path.normpath(run.path) for run in runs]
-    facts = [dict(_facts(run)) for run in runs]
-    rows = [[name, *(fact.get(name, _NONE) for fact in facts)] for name in {**facts[0], **facts[1]}]
     keys = [_flatten(run.cfg) for run in runs]
     differing = [
         [key, *(str(k.get(key, _NONE)) for k in keys)]
@@ -188,28 +186,13 @@ def write_comparison(runs: list[Run], evaluations: list[list[Evaluation]], outpu
         if keys[0].get(key) != keys[1].get(key) and key != "OUTPUT_DIR"
     ]
     sections = [
-        _section("What ran", _table(["", *names], rows, "text")),
         _section(
             "Config keys that differ",
             _table(["", *names], differing, "text")
             if differing
             else {"kind": "note", "note": "None, but OUTPUT_DIR."},
-        ),
+        )
     ]
-    losses, rates, aps = ({}, {}, {})  # type: tuple[Series, Series, Series]
-    for name, run in zip(names, runs):
-        if _losses(run):
-            losses[name], rates[name] = _curve(run, "total_loss"), _curve(run, "lr")
-        aps |= {f"{name}, {key}": curve for key, curve in _ap_over_time(run).items()}
-    charts = {}
-    if losses:
-        charts["Total loss"] = line_chart(losses, "iteration", "loss")
-        charts["Learning rate"] = line_chart(rates, "iteration", "learning rate")
-    if aps:
-        charts["AP over time"] = line_chart(aps, "iteration", "AP (%)", points=True)
-    if charts:
-        sections.append(_section("Training", {"kind": "charts", "charts": charts}))
-
     by_name = [{e.dataset_name: e for e in of_run} for of_run in evaluations]
     for dataset_name in {**by_name[0], **by_name[1]}:
         blocks = []
@@ -217,14 +200,35 @@ def write_comparison(runs: list[Run], evaluations: list[list[Evaluation]], outpu
             tasks = [
                 e[dataset_name].tasks.get(task) if dataset_name in e else None for e in by_name
             ]
-            aps_of = [{**t.ap, **t.class_ap} if t else {} for t in tasks]
-            rows = [
-                [key, *_compare(*(ap.get(key, math.nan) for ap in aps_of))]
-                for key in {**aps_of[0], **aps_of[1]}
-            ]
-            if rows:
-                blocks.append(_table(["", *names, "difference"], rows, title=f"{task_name} AP (%)"))
+            for title, aps in (
+                (f"{task_name} AP (%)", [t.ap if t else {} for t in tasks]),
+                (f"{task_name} AP of the classes (%)", [t.class_ap if t else {} for t in tasks]),
+            ):
+                rows = [
+                    [key, *_compare(*(ap.get(key, math.nan) for ap in aps))]
+                    for key in {**aps[0], **aps[1]}
+                ]
+                if rows:
+                    blocks.append(_table(["", *names, "difference"], rows, title=title))
         sections.append(_section(f"AP on {dataset_name}", *blocks))
+    losses: Series = {}
+    rates: Series = {}
+    curves: Series = {}
+    for name, run in zip(names, runs):
+        if _losses(run):
+            losses[name], rates[name] = _curve(run, "total_loss"), _curve(run, "lr")
+        curves |= {f"{name}, {key}": curve for key, curve in _ap_over_time(run).items()}
+    charts = {}
+    if losses:
+        charts["Total loss"] = line_chart(losses, "iteration", "loss")
+        charts["Learning rate"] = line_chart(rates, "iteration", "learning rate")
+    if curves:
+        charts["AP over time"] = line_chart(curves, "iteration", "AP (%)", points=True)
+    if charts:
+        sections.append(_section("Training", {"kind": "charts", "charts": charts}))
+    facts = [dict(_facts(run)) for run in runs]
+    rows = [[name, *(fact.get(name, _NONE) for fact in facts)] for name in {**facts[0], **facts[1]}]
+    sections.append(_section("What ran", _table(["", *names], rows, "text")))
     _write(output, " and ".join(names), "Two runs beside each other", sections)
 
 
@@ -413,8 +417,8 @@ def _pictures(evaluation: Evaluation) -> list[Block]:
             block |= {"kind": "note", "note": "None."}
         blocks.append(block)
     blocks[-1]["note"] = (
-        f"The ground truth on the left, detections with a score of at least {_THRESHOLD} on the "
-        "right. Blue is what was found, orange what was missed or is false: boxes of the same "
+        f"First the ground truth, then the detections with a score of at least {_THRESHOLD}. "
+        "Blue is what was found, orange what was missed or is false: boxes of the same "
         "class at IoU 0.5. Crowds are left out."
     )
     return blocks

@@ -121,7 +121,12 @@ def _draw(plot: Callable[[Axes], None], size: tuple[float, float]) -> Chart:
             handles, labels = ax.get_legend_handles_labels()
             if len(handles) > 1:
                 fig.legend(
-                    handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=9
+                    handles,
+                    labels,
+                    loc="outside upper left",
+                    ncols=min(3, max(1, 54 // (max(map(len, labels)) + 6))),  # as fit in the width
+                    frameon=False,
+                    fontsize=9,
                 )
             svg = io.BytesIO()
             no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))

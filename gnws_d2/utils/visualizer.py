@@ -34,7 +34,7 @@ def draw_objects(
     ]
     has_masks = all("segmentation" in o for o in objects)
     return (
-        LabelVisualizer(image, scale=width / image.shape[1], font_size_scale=1.5)
+        LabelVisualizer(image, scale=width / image.shape[1], font_size_scale=2)
         .overlay_instances(
             boxes=np.asarray(boxes, dtype=np.float64).reshape(-1, 4),
             masks=[o["segmentation"] for o in objects] if has_masks else None,
