@@ -6,21 +6,16 @@ of one's own and checks before work.
 
 import argparse
 
-from detectron2.engine import default_setup
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
-from gnws_tools.arguments import train_argument_parser
-
 import gnws_d2  # noqa: F401  (registers the models and the built-in data)
 from gnws_d2.checkpoint import GNWSCheckpointer
-from gnws_d2.engine import Trainer, check_setup, get_config, launch
+from gnws_d2.engine import Trainer, check_setup, default_setup, get_config, launch
 from gnws_d2.utils.errors import exit_on_user_error
+from gnws_tools.arguments import train_argument_parser
 
 
 def main(args: argparse.Namespace) -> dict | None:
     cfg = get_config(args)
     default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gnws_d2")
 
     if args.eval_only:
         model = Trainer.build_model(cfg)

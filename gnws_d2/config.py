@@ -33,6 +33,12 @@ def add_gnws_config(cfg: CfgNode) -> None:
     # takes to compute AP, for which the others wait.
     cfg.DISTRIBUTED.TIMEOUT = 1800
 
+    # Weights & Biases, if it is installed (pip install wandb): the project that a training is
+    # logged to, with all that TensorBoard gets; "" for none. Its own settings are environment
+    # variables, as WANDB_ENTITY and WANDB_MODE.
+    cfg.WANDB = CfgNode()
+    cfg.WANDB.PROJECT = ""
+
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     """

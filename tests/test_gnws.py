@@ -7,11 +7,11 @@ import sys
 
 import pytest
 from detectron2.engine import default_argument_parser
+
+from gnws_d2.engine.benchmark import MODELS
 from gnws_tools import gnws
 from gnws_tools.arguments import train_argument_parser
 from gnws_tools.benchmark import argument_parser as benchmark_argument_parser
-
-from gnws_d2.engine.benchmark import MODELS
 
 HELP = """
 import sys, time

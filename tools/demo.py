@@ -7,6 +7,8 @@ demo, with `--model` for the published models. The exit status is 1 if an input 
 import argparse
 import sys
 
+from gnws_tools.arguments import add_dataset_argument
+
 EXAMPLES = """
 examples:
   demo.py --model mask_rcnn_R50_gnws_2x --input photos --output found
@@ -60,15 +62,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="images at once, if they follow one another and are of one size (default: 4 on a "
         "GPU; 1 on a CPU, where more is not faster)",
     )
-    parser.add_argument(
-        "--dataset",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "ANNOTATIONS.json", "IMAGE_ROOT"),
-        help="register a dataset in COCO format, whose classes the model has if DATASETS.TEST is "
-        "NAME (repeatable)",
-    )
+    add_dataset_argument(parser)
     parser.add_argument(
         "--opts",
         nargs=argparse.REMAINDER,

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Set up, then train, evaluate and draw a small GN+WS Mask R-CNN on the built-in data, on a CPU.
+# Set up, then train, evaluate and report on a small GN+WS Mask R-CNN on the built-in data, on a CPU.
 # Arguments go to train_net.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(bash tools/setup_env.sh)
 "$python" train_net.py --config-file configs/quick_start.yaml "$@"
-"$python" tools/visualize_run.py output/quick_start
+"$python" tools/report.py output/quick_start

@@ -1,6 +1,7 @@
 """What can be known to be wrong with a job before any work is done."""
 
 import argparse
+import importlib.util
 import logging
 import os
 
@@ -33,6 +34,11 @@ def check_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     check_choice("INPUT.ON_BAD_IMAGE", cfg.INPUT.ON_BAD_IMAGE, ("stop", "skip"))
     check_choice("SOLVER.ON_NON_FINITE", cfg.SOLVER.ON_NON_FINITE, ("stop", "skip"))
     _check_workers(cfg, args)
+    if cfg.WANDB.PROJECT and not args.eval_only and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"WANDB.PROJECT is {cfg.WANDB.PROJECT}, but Weights & Biases is not installed: "
+            'pip install wandb, or set WANDB.PROJECT "".'
+        )
     _check_classes(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
     _check_weights(cfg, args)
 

@@ -3,10 +3,12 @@
 import argparse
 import contextlib
 import errno
+import importlib.metadata
 import logging
 import os
 import weakref
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -20,7 +22,9 @@ from detectron2.engine import (
     create_ddp_model,
     hooks,
 )
+from detectron2.engine import default_setup as _default_setup
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from fvcore.common.config import BASE_KEY
 
 from .. import model_zoo
@@ -30,7 +34,14 @@ from ..data import OpenCVDatasetMapper, register_coco_datasets
 from ..data.train_loader import TrainLoader, build_train_loader, derive_seed
 from ..evaluation import COCOEvaluator
 from ..utils.errors import UserError
-from .hooks import BestCheckpointer, PeriodicCheckpointer, StopOnSignal
+from .benchmark import describe_machine
+from .hooks import (
+    BestCheckpointer,
+    DrawPredictions,
+    PeriodicCheckpointer,
+    StopOnSignal,
+    WandbRun,
+)
 from .train_loop import FiniteAMPTrainer, FiniteTrainer
 
 # No config has more bytes, files in its chain of _BASE_, or aliases (*name): Detectron2 writes two,
@@ -147,6 +158,37 @@ def _one_line(error: Exception) -> str:
     return " ".join(text.split())[:500]
 
 
+def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """
+    Detectron2's :func:`default_setup`, with a log of this project, that tells of the version, the
+    processor and the date too.
+
+    Args:
+        cfg: of :func:`get_config`.
+        args: of :func:`argument_parser`.
+    """
+    _default_setup(cfg, args)
+    logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gnws_d2")
+    version = importlib.metadata.version("gnws_d2")
+    cpu = describe_machine(torch.device("cpu"))["cpu"]
+    logger.info(f"gnws_d2 {version} on {cpu}, started {datetime.now():%Y-%m-%d %H:%M}")
+
+
+def results_json(output_dir: str, cfg: CfgNode, dataset_name: str) -> str:
+    """
+    Args:
+        output_dir: ``OUTPUT_DIR`` of a run.
+        cfg: of the run.
+        dataset_name: of ``DATASETS.TEST``.
+
+    Returns:
+        The file of the predictions on the dataset, in COCO's results format.
+    """
+    # Detectron2 would overwrite the results of one of several datasets by the next one's.
+    name = dataset_name if len(cfg.DATASETS.TEST) > 1 else ""
+    return os.path.join(output_dir, "inference", name, "coco_instances_results.json")
+
+
 class Trainer(DefaultTrainer):
     """
     :class:`DefaultTrainer` with OpenCV's images and COCO's evaluation, that also trains with
@@ -180,9 +222,12 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's, with the checkpoints of ``SOLVER.CHECKPOINT_KEEP`` and the best one."""
+        """
+        Detectron2's, with the checkpoints of ``SOLVER.CHECKPOINT_KEEP`` and the best one, pictures
+        of each evaluation, and Weights & Biases (``WANDB.PROJECT``).
+        """
         cfg = self.cfg
-        ret = []
+        ret: list[HookBase] = []
         for hook in super().build_hooks():
             if isinstance(hook, hooks.PeriodicCheckpointer):
                 hook = PeriodicCheckpointer(
@@ -196,6 +241,12 @@ class Trainer(DefaultTrainer):
                 if len(cfg.DATASETS.TEST) > 1:
                     metric = f"{cfg.DATASETS.TEST[0]}/{metric}"
                 ret.append(BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, metric))
+            if isinstance(hook, hooks.EvalHook) and comm.is_main_process():
+                for name in cfg.DATASETS.TEST:
+                    path = results_json(cfg.OUTPUT_DIR, cfg, name)
+                    ret.append(DrawPredictions(cfg.TEST.EVAL_PERIOD, name, path))
+        if cfg.WANDB.PROJECT and comm.is_main_process():
+            ret.append(WandbRun(cfg))
         return ret
 
     def state_dict(self) -> dict[str, Any]:
@@ -264,9 +315,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
-        if len(cfg.DATASETS.TEST) > 1:  # Detectron2 would overwrite one's results by the next's
-            output_dir = os.path.join(output_dir, dataset_name)
         return COCOEvaluator(
-            dataset_name, ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",), output_dir
+            dataset_name,
+            ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",),
+            os.path.dirname(results_json(cfg.OUTPUT_DIR, cfg, dataset_name)),
         )

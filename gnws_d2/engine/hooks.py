@@ -1,5 +1,6 @@
-"""Detectron2's hooks for checkpoints, and one for a scheduler's warning."""
+"""Detectron2's hooks for checkpoints, and those for a scheduler's warning and training in sight."""
 
+import json
 import logging
 import math
 import os
@@ -10,10 +11,17 @@ import threading
 from types import FrameType
 from typing import Any
 
+import matplotlib
+import numpy as np
 from detectron2.checkpoint import Checkpointer
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
+from ..data import read_image
+from ..utils.errors import UserError
+from ..utils.visualizer import draw_objects
 from .launch import TERMINATED
 
 
@@ -111,3 +119,111 @@ class StopOnSignal(HookBase):
             "--resume goes on."
         )
         sys.exit(TERMINATED)
+
+
+class DrawPredictions(HookBase):
+    """
+    After each evaluation, pictures of a few images of a dataset for TensorBoard: the ground truth
+    on the left, what the model found on the right.
+
+    It goes after the hook that evaluates, on the main process.
+    """
+
+    _NUM_IMAGES = 4
+    _THRESHOLD = 0.5  # of the score
+
+    def __init__(self, period: int, dataset_name: str, results_json: str):
+        """
+        Args:
+            period: of the evaluation (``TEST.EVAL_PERIOD``).
+            dataset_name: a registered dataset.
+            results_json: the results of the last evaluation on it, by :class:`COCOEvaluator`.
+        """
+        self._period, self._dataset_name, self._results_json = period, dataset_name, results_json
+
+    def after_step(self) -> None:
+        next_iter = self.trainer.iter + 1
+        if (
+            self._period > 0
+            and next_iter % self._period == 0
+            and next_iter != self.trainer.max_iter
+        ):
+            self._draw()
+
+    def after_train(self) -> None:
+        if self.trainer.iter + 1 >= self.trainer.max_iter:
+            self._draw()
+
+    def _draw(self) -> None:
+        if not os.path.isfile(self._results_json):  # of another evaluator
+            return
+        dataset = DatasetCatalog.get(self._dataset_name)
+        metadata = MetadataCatalog.get(self._dataset_name)
+        records = dataset[:: math.ceil(len(dataset) / self._NUM_IMAGES)]
+        with open(self._results_json) as f:
+            results = [result for result in json.load(f) if result["score"] >= self._THRESHOLD]
+        classes = metadata.thing_classes
+        ids = metadata.get("thing_dataset_id_to_contiguous_id") or range(len(classes))
+        colors = matplotlib.color_sequences["tab10"]
+        for record in records:
+            image = read_image(record["file_name"], "RGB")
+            pictures = []
+            for objects, contiguous in (
+                (record.get("annotations", []), range(len(classes))),
+                ([r for r in results if r["image_id"] == record["image_id"]], ids),
+            ):
+                found = [contiguous[o["category_id"]] for o in objects]
+                labels = [
+                    f"{classes[i]} {o['score']:.0%}" if "score" in o else classes[i]
+                    for i, o in zip(found, objects)
+                ]
+                of_class = [colors[i % len(colors)] for i in found]
+                pictures.append(draw_objects(image, objects, labels, of_class))
+            name = f"{self._dataset_name}/{os.path.basename(record['file_name'])}"
+            picture = np.concatenate(pictures, axis=1).transpose(2, 0, 1)
+            self.trainer.storage.put_image(name, picture)
+
+
+class WandbRun(HookBase):
+    """
+    A run of Weights & Biases with all that is written for TensorBoard, by its own integration. A
+    training that is resumed goes on with the same one.
+
+    It goes after the hook that writes, on the main process.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        """
+        Args:
+            cfg: of the run, with a ``WANDB.PROJECT``.
+        """
+        self._cfg = cfg
+        self._id: str | None = None
+
+    def before_train(self) -> None:
+        import wandb
+
+        try:
+            run = wandb.init(
+                project=self._cfg.WANDB.PROJECT,
+                name=os.path.basename(os.path.abspath(self._cfg.OUTPUT_DIR)),
+                dir=self._cfg.OUTPUT_DIR,
+                config=self._cfg,
+                id=self._id,
+                resume="allow",
+                sync_tensorboard=True,
+            )
+        except wandb.Error as e:
+            raise UserError(f"WANDB.PROJECT {self._cfg.WANDB.PROJECT}: {e}") from e
+        self._id = run.id
+
+    def after_train(self) -> None:
+        import wandb
+
+        wandb.finish(exit_code=int(self.trainer.iter + 1 < self.trainer.max_iter))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"id": self._id}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._id = state_dict["id"]

@@ -1,6 +1,9 @@
 """COCO box and mask AP by the official API, empty predictions included."""
 
+from typing import Any
+
 from detectron2.evaluation import COCOEvaluator as _COCOEvaluator
+from detectron2.evaluation.coco_evaluation import _evaluate_predictions_on_coco
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -24,12 +27,29 @@ class COCOEvaluator(_COCOEvaluator):
     def _derive_coco_results(
         self, coco_eval: COCOeval | None, iou_type: str, class_names: list[str] | None = None
     ) -> dict[str, float]:
-        if coco_eval is None:  # no predictions, which the API's loadRes cannot read
-            no_predictions = COCO()
-            no_predictions.dataset = {**self._coco_api.dataset, "annotations": []}
-            no_predictions.createIndex()
-            coco_eval = COCOeval(self._coco_api, no_predictions, iou_type)
-            coco_eval.evaluate()
-            coco_eval.accumulate()
-            coco_eval.summarize()
+        coco_eval = coco_eval or evaluate_results(self._coco_api, [], iou_type)
         return super()._derive_coco_results(coco_eval, iou_type, class_names)
+
+
+def evaluate_results(coco: COCO, results: list[dict[str, Any]], task: str) -> COCOeval:
+    """
+    Args:
+        coco: the ground truth.
+        results: in COCO's results format, as in ``coco_instances_results.json``.
+        task: "bbox" or "segm".
+
+    Returns:
+        The official API's evaluation, accumulated and summarized.
+    """
+    if results:
+        # The API adds keys to those that it is given.
+        results = [dict(result) for result in results]
+        return _evaluate_predictions_on_coco(coco, results, task, cocoeval_fn=COCOeval)
+    no_predictions = COCO()  # which the API's loadRes cannot read
+    no_predictions.dataset = {**coco.dataset, "annotations": []}
+    no_predictions.createIndex()
+    coco_eval = COCOeval(coco, no_predictions, task)
+    coco_eval.evaluate()
+    coco_eval.accumulate()
+    coco_eval.summarize()
+    return coco_eval

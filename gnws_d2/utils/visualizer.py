@@ -1,102 +1,49 @@
-"""Pictures of a run: what the model found beside what is there, and how the loss fell."""
+"""Pictures of objects, and of times."""
 
-import json
-from collections import defaultdict
 from typing import Any
 
 import numpy as np
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
-from detectron2.data import detection_utils as utils
-from detectron2.structures import Boxes, BoxMode, Instances
-from detectron2.utils.visualizer import Visualizer
+from detectron2.structures import BoxMode
 from matplotlib.figure import Figure
 
-_MIN_WIDTH = 320  # pixels; smaller images are drawn larger, so that labels fit
+from .label_visualizer import LabelVisualizer
 
 
-def draw_predictions(
-    dataset_name: str, results_json: str, output: str, num_images: int = 6, threshold: float = 0.6
-) -> None:
+def draw_objects(
+    image: np.ndarray,
+    objects: list[dict[str, Any]],
+    labels: list[str],
+    colors: list[Any],
+    width: int = 480,
+) -> np.ndarray:
     """
-    Draw the ground truth (left) and the predictions (right) of a few images, evenly spread over
-    the dataset, with Detectron2's :class:`Visualizer`.
+    Draw boxes, and masks if there are any, with Detectron2's visualizer.
 
     Args:
-        dataset_name: a registered dataset with annotations.
-        results_json: ``coco_instances_results.json`` of :class:`COCOEvaluator` on that dataset.
-        output: path of the picture to write.
-        num_images: number of images.
-        threshold: predictions of a lower score are not drawn.
+        image: (H, W, 3), uint8, RGB.
+        objects: annotations in COCO's format or Detectron2's, or results in COCO's.
+        labels, colors: of each object. Colors are matplotlib's.
+        width: of the picture in pixels, in which labels fit.
+
+    Returns:
+        (H', `width`, 3), uint8, RGB.
     """
-    predictions = defaultdict(list)
-    with open(results_json) as f:
-        for prediction in json.load(f):
-            if prediction["score"] >= threshold:
-                predictions[prediction["image_id"]].append(prediction)
-    dataset = DatasetCatalog.get(dataset_name)
-    metadata = MetadataCatalog.get(dataset_name)
-    step = max(1, len(dataset) // num_images)
-    records = dataset[::step][:num_images]
-
-    fig = Figure(figsize=(9, 4.5 * len(records)), layout="constrained")
-    for row, record in zip(fig.subplots(len(records), 2, squeeze=False), records):
-        image = utils.read_image(record["file_name"], "RGB")
-        scale = max(1.0, _MIN_WIDTH / image.shape[1])
-        found = _to_instances(predictions[record["image_id"]], image.shape[:2], metadata)
-        truth = Visualizer(image, metadata, scale).draw_dataset_dict(record)
-        drawn = Visualizer(image, metadata, scale).draw_instance_predictions(found)
-        for ax, title, picture in zip(row, ("ground truth", "predictions"), (truth, drawn)):
-            ax.imshow(picture.get_image())
-            ax.set_title(f"{title}, image {record['image_id']}")
-            ax.axis("off")
-    fig.savefig(output)
-
-
-def _to_instances(
-    predictions: list[dict[str, Any]], image_size: tuple[int, int], metadata: Metadata
-) -> Instances:
-    boxes = np.asarray([p["bbox"] for p in predictions], dtype=np.float64).reshape(-1, 4)
-    ids = metadata.thing_dataset_id_to_contiguous_id
-    instances = Instances(image_size)
-    instances.pred_boxes = Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
-    instances.scores = np.asarray([p["score"] for p in predictions])
-    instances.pred_classes = np.asarray([ids[p["category_id"]] for p in predictions], dtype=int)
-    if predictions and "segmentation" in predictions[0]:
-        instances.pred_masks = [p["segmentation"] for p in predictions]
-    return instances
-
-
-def plot_losses(metrics_json: str, output: str) -> None:
-    """
-    Plot the losses and the learning rate over the iterations.
-
-    Args:
-        metrics_json: ``metrics.json`` of Detectron2's :class:`JSONWriter`.
-        output: path of the picture to write.
-    """
-    with open(metrics_json) as f:
-        # A resumed run writes iterations again: the last writing counts.
-        by_iteration = {line["iteration"]: line for line in map(json.loads, f) if "lr" in line}
-    lines = [by_iteration[i] for i in sorted(by_iteration)]
-    iterations = [line["iteration"] for line in lines]
-
-    fig = Figure(figsize=(9, 5), layout="constrained")
-    ax = fig.subplots()
-    for key in sorted({key for line in lines for key in line if "loss" in key}):
-        ax.plot(
-            iterations,
-            [line.get(key, np.nan) for line in lines],
-            label=key,
-            linewidth=2.2 if key == "total_loss" else 1.2,
+    boxes = [
+        BoxMode.convert(o["bbox"], o.get("bbox_mode", BoxMode.XYWH_ABS), BoxMode.XYXY_ABS)
+        for o in objects
+    ]
+    has_masks = all("segmentation" in o for o in objects)
+    return (
+        LabelVisualizer(image, scale=width / image.shape[1], font_size_scale=2)
+        .overlay_instances(
+            boxes=np.asarray(boxes, dtype=np.float64).reshape(-1, 4),
+            masks=[o["segmentation"] for o in objects] if has_masks else None,
+            labels=labels,
+            assigned_colors=colors,
+            alpha=0.35,
         )
-    ax.set(xlabel="iteration", ylabel="loss", ylim=(0, None))
-    ax.grid(alpha=0.3)
-    lr = ax.twinx()
-    lr.plot(iterations, [line["lr"] for line in lines], "k:", label="learning rate")
-    lr.set(ylabel="learning rate", ylim=(0, None))
-    handles = [h for a in (ax, lr) for h in a.get_legend_handles_labels()[0]]
-    ax.legend(handles=handles)
-    fig.savefig(output, dpi=120)
+        .get_image()
+    )
 
 
 def plot_bars(seconds: dict[str, list[float]], title: str, output: str) -> None:

@@ -235,3 +235,9 @@ def test_faulty_annotation_is_named(fails, photographs, tmp_path):
         "--config-file", QUICK_START, "DATASETS.TRAIN", "('faulty',)",
     )  # fmt: skip
     assert f"{path}: annotation id 1234 has category id 9" in error
+
+
+def test_weights_and_biases_that_is_not_installed_is_an_error(fails, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    error = fails("--config-file", QUICK_START, "WANDB.PROJECT", "shapes")
+    assert "WANDB.PROJECT is shapes" in error and "pip install wandb" in error

@@ -1,14 +1,25 @@
+import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.engine import TrainerBase
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from gnws_d2.checkpoint import GNWSCheckpointer
-from gnws_d2.engine.hooks import BestCheckpointer, PeriodicCheckpointer, StopOnSignal
+from gnws_d2.data import register_coco_datasets
+from gnws_d2.engine import load_config
+from gnws_d2.engine.hooks import (
+    BestCheckpointer,
+    DrawPredictions,
+    PeriodicCheckpointer,
+    StopOnSignal,
+    WandbRun,
+)
 
 
 class Trainer(TrainerBase):
@@ -107,3 +118,74 @@ def test_sigterm_during_an_evaluation_ends_at_once(tmp_path):
         Trainer(tmp_path, hooks).train(0, 10)
     assert e.value.code == 143
     assert Trainer(tmp_path, hooks).resume() == 4
+
+
+@pytest.fixture
+def pictures(photographs, tmp_path, monkeypatch):
+    """What is drawn of some results: {iteration: {name: (3, H, W) picture}}."""
+    register_coco_datasets([["fruits_drawn", str(photographs.json_file), str(photographs.images)]])
+    path = tmp_path / "coco_instances_results.json"
+
+    def pictures(results, iterations=1, period=0):
+        if results is not None:
+            path.write_text(json.dumps(results))
+        drawn = {}
+        hook = DrawPredictions(period, "fruits_drawn", str(path))
+        trainer = Trainer(tmp_path, [lambda _: hook])
+        monkeypatch.setattr(
+            "detectron2.utils.events.EventStorage.put_image",
+            lambda storage, name, image: drawn.setdefault(storage.iter, {}).update({name: image}),
+        )
+        trainer.train(0, iterations)
+        return drawn
+
+    return pictures
+
+
+def test_pictures_show_the_truth_on_the_left_and_what_is_likely_on_the_right(pictures):
+    record = DatasetCatalog.get("fruits_drawn")[0]
+    result = {"image_id": record["image_id"], "category_id": 1, "bbox": [50, 50, 90, 90]}
+    (nothing,), (unlikely,), (likely,) = (
+        pictures(results).values()
+        for results in ([], [{**result, "score": 0.49}], [{**result, "score": 0.5}])
+    )
+    assert len(nothing) == 4
+    name = f"fruits_drawn/{os.path.basename(record['file_name'])}"
+    for other in nothing.keys() - {name}:
+        np.testing.assert_array_equal(nothing[other], likely[other])
+    np.testing.assert_array_equal(nothing[name], unlikely[name])
+    assert nothing[name].shape[0] == 3 and nothing[name].shape[2] == 960
+    columns = np.flatnonzero((nothing[name] != likely[name]).any((0, 1)))
+    left, right = (480 + x * 480 / record["width"] for x in (50, 140))
+    assert columns.min() == pytest.approx(left, abs=4) and columns.max() > right - 2
+    assert not np.array_equal(nothing[name][:, :, :480], nothing[name][:, :, 480:])
+
+
+def test_pictures_are_of_each_evaluation(pictures):
+    assert list(pictures([], iterations=5, period=2)) == [1, 3, 5]
+    assert list(pictures([], iterations=4, period=2)) == [1, 4]
+
+
+def test_no_pictures_of_an_evaluator_that_writes_no_results(pictures):
+    assert pictures(None) == {}
+
+
+@pytest.mark.ci
+def test_weights_and_biases_gets_the_config_and_goes_on_when_resumed(tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    opts = ["WANDB.PROJECT", "shapes", "OUTPUT_DIR", str(tmp_path)]
+    cfg = load_config("configs/quick_start.yaml", opts)
+    runs = []
+
+    def look(iteration):
+        runs.append((wandb.run.project, wandb.run.id, wandb.run.config["SOLVER"]["BASE_LR"]))
+
+    hooks = [lambda c: PeriodicCheckpointer(c, 1, keep=1), lambda _: WandbRun(cfg)]
+    Trainer(tmp_path, hooks, look).train(0, 1)
+    assert wandb.run is None
+    trainer = Trainer(tmp_path, hooks, look)
+    trainer.train(trainer.resume(), 2)
+    Trainer(tmp_path, hooks, look).train(0, 1)
+    assert runs[0] == runs[1] == ("shapes", runs[0][1], 0.05) and runs[2][1] != runs[0][1]

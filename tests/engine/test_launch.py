@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
-from gnws_tools.arguments import train_argument_parser
 
 import train_net
 from gnws_d2.engine import get_config, launch
 from gnws_d2.engine.machines import check_machines
 from gnws_d2.utils.errors import UserError
+from gnws_tools.arguments import train_argument_parser
 
 ROOT = Path(__file__).parent.parent.parent
 QUICK_START = ["--config-file", str(ROOT / "configs" / "quick_start.yaml")]

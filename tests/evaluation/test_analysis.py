@@ -1,0 +1,161 @@
+"""The references are cases computed by hand and pycocotools' own arrays."""
+
+import json
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from gnws_d2.data.shapes import generate_shapes
+from gnws_d2.evaluation.analysis import ERRORS, METRICS, analyze_task, count_mistakes
+from gnws_d2.evaluation.coco_evaluation import evaluate_results
+
+
+def box(x, size=10):
+    return [float(x), 0.0, float(size), 10.0]
+
+
+def annotation(id, image_id, category_id, bbox, iscrowd=0):
+    return {
+        "id": id, "image_id": image_id, "category_id": category_id, "bbox": bbox,
+        "area": bbox[2] * bbox[3], "iscrowd": iscrowd,
+    }  # fmt: skip
+
+
+def result(image_id, category_id, bbox, score):
+    return {"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": score}
+
+
+def ground_truth(annotations, num_images=2):
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": i, "width": 200, "height": 20} for i in range(1, num_images + 1)],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "cat"}, {"id": 5, "name": "dog"}],
+    }
+    coco.createIndex()
+    return coco
+
+
+def analyze(annotations, results):
+    return analyze_task(evaluate_results(ground_truth(annotations), results, "bbox"), results)
+
+
+def test_missed_objects_and_false_detections_are_those_of_a_hand_computed_case():
+    coco = ground_truth(
+        [
+            annotation(11, 1, 1, box(0)),  # found
+            annotation(12, 1, 1, box(20)),  # found, but only with a low score
+            annotation(13, 1, 5, box(40)),  # found as another class
+            annotation(14, 1, 5, box(60)),  # the box of IoU 0.4 is not enough
+            annotation(15, 1, 1, box(100, 50), iscrowd=1),
+            annotation(16, 2, 1, box(0)),  # found twice
+        ],
+        num_images=3,
+    )
+    results = [
+        result(1, 1, box(0), 0.9),
+        result(1, 1, box(20), 0.3),
+        result(1, 1, box(40), 0.8),  # false
+        result(1, 5, box(60, 4), 0.7),  # false
+        result(1, 1, box(110), 0.9),  # of the crowd
+        result(1, 5, box(180), 0.4),  # false, but with a low score
+        result(2, 1, box(0, 9), 0.6),  # false: the next one has a higher score
+        result(2, 1, box(0), 0.95),
+    ]
+    evaluation = evaluate_results(coco, results, "bbox")
+    mistakes = count_mistakes(evaluation, 0.5)
+    assert [(m.num_objects, m.missed, m.false) for m in mistakes.values()] == [
+        (4, {12, 13, 14}, {3, 4}),
+        (1, set(), {7}),
+        (0, set(), set()),
+    ]
+    assert count_mistakes(evaluation, 0.35)[1].false == {3, 4, 6}
+    assert count_mistakes(evaluation, 0.25)[1].missed == {13, 14}
+    assert [evaluation.cocoDt.anns[i]["score"] for i in (3, 4, 7)] == [0.8, 0.7, 0.6]
+    assert "id" not in results[0]
+
+
+def test_ap_of_a_hand_computed_case():
+    """Precision is 1 up to a recall of 0.5, then 2/3, at every IoU. There is no dog."""
+    analysis = analyze(
+        [annotation(1, 1, 1, box(0)), annotation(2, 1, 1, box(20))],
+        [
+            result(1, 1, box(0), 0.9),
+            result(2, 1, box(0), 0.8),
+            result(1, 1, box(20), 0.7),
+            result(1, 5, box(20), 0.7),
+        ],
+    )
+    expected = 100 * (51 + 50 * 2 / 3) / 101
+    assert [analysis.ap[name] for name in METRICS] == pytest.approx(
+        [expected] * 4 + [np.nan] * 2, nan_ok=True
+    )
+    assert analysis.class_ap["cat"] == pytest.approx(expected)
+    assert np.isnan(analysis.class_ap["dog"])
+    np.testing.assert_allclose(analysis.precision, [[1] * 51 + [2 / 3] * 50] * 10)
+
+
+@pytest.mark.parametrize(
+    "detection, error, cost, cost_of_missed",
+    [
+        (result(1, 1, box(0, 4), 0.9), "Loc", 50, 0),
+        (result(1, 5, box(0), 0.9), "Cls", 75, 0),
+        (result(1, 5, box(0, 4), 0.9), "Both", 25, 25),
+        (result(1, 5, box(50), 0.9), "Bkg", 25, 25),
+    ],
+)
+def test_errors_cost_what_a_hand_computed_case_says(detection, error, cost, cost_of_missed):
+    """
+    Of a cat and a dog the dog is found, by the second detection. A first one of a false dog makes
+    that AP 50, and cats have 0. Without a missed cat there is no class of cats to find.
+    """
+    truth = [annotation(1, 1, 1, box(0)), annotation(2, 2, 5, box(0))]
+    analysis = analyze(truth, [detection, result(2, 5, box(0), 0.5)])
+    assert analysis.ap["AP50"] == pytest.approx(50 if error == "Loc" else 25, abs=0.5)
+    expected = dict.fromkeys(ERRORS, 0) | {error: cost, "Miss": cost_of_missed}
+    assert {name: analysis.errors[name] for name in ERRORS} == pytest.approx(expected)
+
+
+def test_nothing_found_has_ap_zero_and_no_errors():
+    analysis = analyze([annotation(1, 1, 1, box(0))], [])
+    assert analysis.ap["AP"] == analysis.class_ap["cat"] == 0
+    assert analysis.errors == {}
+
+
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+def test_precision_and_ap_are_pycocotools_own(task, tmp_path):
+    generate_shapes(str(tmp_path / "shapes"), 20, seed=3)
+    coco = COCO(str(tmp_path / "shapes" / "annotations.json"))
+    rng = np.random.RandomState(0)
+    results = []
+    for a in coco.anns.values():
+        given = {key: a[key] for key in ("image_id", "category_id")}
+        given["bbox"] = (np.array(a["bbox"]) * rng.uniform(0.9, 1.1, 4)).tolist()
+        given["score"] = rng.rand()
+        given["segmentation"] = coco.annToRLE(a)
+        if rng.rand() < 0.3:
+            given["category_id"] = rng.randint(1, 4)
+        results.append(given)
+    analysis = analyze_task(evaluate_results(coco, results, task), results)
+
+    path = tmp_path / "results.json"
+    for given in results:
+        given["segmentation"]["counts"] = given["segmentation"]["counts"].decode()
+        if task == "segm":  # else the area of an object would be its box's
+            del given["bbox"]
+    path.write_text(json.dumps(results))
+    reference = COCOeval(coco, coco.loadRes(str(path)), task)
+    reference.evaluate()
+    reference.accumulate()
+    reference.summarize()
+    expected = [100 * ap if ap >= 0 else np.nan for ap in reference.stats[:6]]
+    assert [analysis.ap[name] for name in METRICS] == pytest.approx(expected, nan_ok=True)
+    assert 20 < analysis.ap["AP"] < 95
+    precision = reference.eval["precision"][..., 0, 2]
+    assert precision.min() >= 0  # all classes have objects
+    np.testing.assert_allclose(analysis.precision, precision.mean(2))
+    expected = 100 * precision.mean((0, 1))
+    assert list(analysis.class_ap) == ["circle", "square", "triangle"]
+    assert list(analysis.class_ap.values()) == pytest.approx(expected)
