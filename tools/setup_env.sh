@@ -51,6 +51,6 @@ if ! has_detectron2 "$python"; then
     install -q --no-build-isolation "$source" ||
         fail "Detectron2 could not be built from $source; pip says why above."
 fi
-install -q --no-build-isolation -e '.[dev]' ||
+install -q --no-build-isolation -e '.[dev,onnx,wandb]' ||
     fail "gnws_d2 could not be installed; pip says why above."
 echo "$python" >&3
