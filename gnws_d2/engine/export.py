@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import GeneralizedRCNN, build_model
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -108,9 +108,9 @@ def export_model(cfg: CfgNode, format: str, output_dir: str, images: str) -> Exp
             f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME}, and no layer of the model has "
             "standardized weights: Detectron2's own tools export it."
         )
-    GNWSCheckpointer(model, strict=True).load(cfg.MODEL.WEIGHTS)
     mapper = OpenCVDatasetMapper(on_cpu, is_train=False)
     inputs = {path: mapper({"file_name": path})["image"] for path in _find_images(images)}
+    GNWSCheckpointer(model, strict=True).load(cfg.MODEL.WEIGHTS)
     image = next(iter(inputs.values()))
     original = partial(detect, model)
 
@@ -119,15 +119,13 @@ def export_model(cfg: CfgNode, format: str, output_dir: str, images: str) -> Exp
         os.makedirs(output_dir, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export", dir=output_dir) as part:
             folded, stock = fold_model(model, on_cpu)
-            path = os.path.join(part, names[0])
+            paths = [os.path.join(part, name) for name in names]
             if format == "folded":
-                exported = _write_folded(folded, stock, path)
                 stock.MODEL.DEVICE = cfg.MODEL.DEVICE
                 stock.MODEL.WEIGHTS = os.path.abspath(os.path.join(output_dir, names[0]))
-                with open(os.path.join(part, names[1]), "w") as f:
-                    f.write(stock.dump())
+                exported = _write_folded(folded, stock, *paths)
             else:
-                exported = _write_graph(folded, format, path, image)
+                exported = _write_graph(folded, format, paths[0], image)
             comparisons = _compare(original, exported, inputs, cfg)
             variants = [
                 # Our models on CPUs have the C library keep freed memory.
@@ -135,9 +133,9 @@ def export_model(cfg: CfgNode, format: str, output_dir: str, images: str) -> Exp
                 Variant("file", partial(exported, image)),
             ]
             measure(variants, torch.device("cpu"), turns=2, memory=False)
-            file_bytes = sum(os.path.getsize(os.path.join(part, name)) for name in names)
-            for name in names:
-                os.replace(os.path.join(part, name), os.path.join(output_dir, name))
+            file_bytes = sum(map(os.path.getsize, paths))
+            for path, name in zip(paths, names):
+                os.replace(path, os.path.join(output_dir, name))
     except OSError as e:
         raise UserError(f"Cannot write to --output {output_dir}: {e.strerror or e}.") from e
     return Exported(
@@ -169,7 +167,7 @@ def format_table(exported: Exported) -> str:
     score = max(c.max_score_difference for c in compared)
     return (
         f"{tabulate(rows, header, 'github', disable_numparse=True)}\n\n"
-        f"The same {sum(c.expected for c in compared)} detections on {len(compared)} images: IoU "
+        f"The same {sum(c.matched for c in compared)} detections on {len(compared)} images: IoU "
         f"{iou:.5f} at least, scores within {score:.1e}."
     )
 
@@ -207,11 +205,16 @@ def _check_exportable(cfg: CfgNode, format: str) -> None:
         )
 
 
-def _write_folded(folded: nn.Module, stock: CfgNode, path: str) -> Detector:
+def _write_folded(folded: nn.Module, stock: CfgNode, path: str, config_file: str) -> Detector:
     save_checkpoint({"model": folded.state_dict(), "weight_standardization": False}, path)
-    again = build_model(stock).eval()
-    DetectionCheckpointer(again).load(path)
-    return partial(detect, again)
+    with open(config_file, "w") as f:
+        f.write(stock.dump())
+    cfg = get_cfg()
+    cfg.merge_from_file(config_file)
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg).eval()
+    DetectionCheckpointer(model).load(path)
+    return partial(detect, model)
 
 
 def _write_graph(folded: nn.Module, format: str, path: str, image: Tensor) -> Detector:
@@ -254,7 +257,7 @@ def _compare(
                 f"{comparison.unmatched} have no counterpart."
             )
         comparisons.append(comparison)
-    if not any(comparison.expected for comparison in comparisons):
+    if not any(comparison.matched for comparison in comparisons):
         raise UserError(
             f"The model finds nothing on {', '.join(inputs)}, so that what is exported cannot be "
             "checked: give --images with objects that it knows, or a lower "

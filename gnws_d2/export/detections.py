@@ -39,12 +39,14 @@ class Comparison:
     """
     Attributes:
         expected, actual: the number of detections of either model.
-        unmatched: the number of those that the other one has not.
+        matched: the number of those that both have.
+        unmatched: the number of those that one has and the other should have.
         min_iou, max_score_difference: of those that both have.
     """
 
     expected: int
     actual: int
+    matched: int
     unmatched: int
     min_iou: float
     max_score_difference: float
@@ -76,6 +78,7 @@ def compare_detections(
     return Comparison(
         len(a),
         len(b),
+        int(same.any(dim=1).sum()),
         int(unmatched.sum() + unexpected.sum()),
         min(iou[same].tolist(), default=1.0),
         max(difference[same].tolist(), default=0.0),

@@ -21,16 +21,15 @@ class _NeverEmptyMaskHead(MaskRCNNConvUpsampleHead):
 def save_onnx(model: GeneralizedRCNN, image: Tensor, path: str) -> None:
     """
     Args:
-        model: of Detectron2's own modules, in evaluation mode. It is of no use
-            afterwards.
+        model: of Detectron2's own modules, in evaluation mode. It is of no other use afterwards.
         image: (3, H, W) uint8, any.
         path: the file to write.
     """
+    import onnx  # as ONNX Runtime, no requirement of the rest
+
     for m in model.modules():
         if type(m) is MaskRCNNConvUpsampleHead:
             m.__class__ = _NeverEmptyMaskHead
-    import onnx
-
     example = detect(model, image)
     names = sorted(example)  # as the adapter has them
     torch.onnx.export(

@@ -281,6 +281,7 @@ def test_every_network_in_every_format(name, photographs, tmp_path):
     torch.save({"meta": {}, "state_dict": mmdet_state(name)}, tmp_path / "published.pth")
     cfg = model_zoo.get_config(name)
     cfg.MODEL.WEIGHTS = str(tmp_path / "published.pth")
+    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 100
     cfg.INPUT.MIN_SIZE_TEST = 120
     images = read(cfg, photographs.images / "7.jpg")
     (expected,) = eager(cfg, images)

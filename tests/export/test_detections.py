@@ -20,23 +20,23 @@ OTHER_MASKS = [[[[0.511] + [0.5] * 27] + [[0.5] * 28] * 27], MASKS[1]]
 
 
 @pytest.mark.parametrize(
-    "changes, unmatched",
+    "changes, matched, unmatched",
     [
-        ({}, 0),
-        ({"pred_boxes": [[0.0, 0, 100, 99.2], [50, 50, 150, 150]]}, 0),  # IoU 0.992
-        ({"pred_boxes": [[0.0, 0, 100, 98.9], [50, 50, 150, 150]]}, 2),  # IoU 0.989, of either
-        ({"scores": [0.9009, 0.0509]}, 0),
-        ({"scores": [0.9011, 0.0509]}, 2),
-        ({"pred_classes": [2, 2]}, 2),
-        ({"pred_masks": OTHER_MASKS}, 2),
+        ({}, 2, 0),
+        ({"pred_boxes": [[0.0, 0, 100, 99.2], [50, 50, 150, 150]]}, 2, 0),  # IoU 0.992
+        ({"pred_boxes": [[0.0, 0, 100, 98.9], [50, 50, 150, 150]]}, 1, 2),  # IoU 0.989
+        ({"scores": [0.9009, 0.0509]}, 2, 0),
+        ({"scores": [0.9011, 0.0509]}, 1, 2),
+        ({"pred_classes": [2, 2]}, 1, 2),
+        ({"pred_masks": OTHER_MASKS}, 1, 2),
         # Which may as well be on the other side of the cut.
-        ({"pred_classes": [1, 3]}, 0),
+        ({"pred_classes": [1, 3]}, 1, 0),
     ],
 )
-def test_detections_are_compared_one_by_one(changes, unmatched):
+def test_detections_are_compared_one_by_one(changes, matched, unmatched):
     for a, b in ((detections(), detections(**changes)), (detections(**changes), detections())):
         comparison = compare_detections(a, b, cut=0.05)
-        assert comparison.unmatched == unmatched
+        assert (comparison.matched, comparison.unmatched) == (matched, unmatched)
         assert (comparison.expected, comparison.actual) == (2, 2)
 
 
