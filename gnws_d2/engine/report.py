@@ -37,7 +37,7 @@ from .checks import check_test_dataset
 from .run_dir import Run, read_run
 
 TASKS = {"bbox": "box", "segm": "mask"}
-_NUM_PICTURES = 4
+_NUM_PICTURES = 3
 _THRESHOLD = 0.5  # of the score of detections that are drawn and counted
 _FOUND, _MISTAKE = "#3b9dff", "#ff8a1f"  # which the colour blind tell apart, too
 _PUBLISHED_ON = "coco_2017_val"

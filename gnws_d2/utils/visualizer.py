@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 
 from .label_visualizer import LabelVisualizer
 
+_FONT_SIZE = 11  # points of labels of large objects; smaller objects have down to 60% of it
+
 
 def draw_objects(
     image: np.ndarray,
@@ -33,17 +35,16 @@ def draw_objects(
         for o in objects
     ]
     has_masks = all("segmentation" in o for o in objects)
-    return (
-        LabelVisualizer(image, scale=width / image.shape[1], font_size_scale=2)
-        .overlay_instances(
-            boxes=np.asarray(boxes, dtype=np.float64).reshape(-1, 4),
-            masks=[o["segmentation"] for o in objects] if has_masks else None,
-            labels=labels,
-            assigned_colors=colors,
-            alpha=0.35,
-        )
-        .get_image()
-    )
+    scale = width / image.shape[1]
+    visualizer = LabelVisualizer(image, scale=scale)
+    visualizer._default_font_size = _FONT_SIZE / scale  # Detectron2's depends on that of the image
+    return visualizer.overlay_instances(
+        boxes=np.asarray(boxes, dtype=np.float64).reshape(-1, 4),
+        masks=[o["segmentation"] for o in objects] if has_masks else None,
+        labels=labels,
+        assigned_colors=colors,
+        alpha=0.35,
+    ).get_image()
 
 
 def plot_bars(seconds: dict[str, list[float]], title: str, output: str) -> None:

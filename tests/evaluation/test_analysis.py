@@ -63,6 +63,7 @@ def test_missed_objects_and_false_detections_are_those_of_a_hand_computed_case()
         result(1, 5, box(180), 0.4),  # false, but with a low score
         result(2, 1, box(0, 9), 0.6),  # false: the next one has a higher score
         result(2, 1, box(0), 0.95),
+        result(1, 1, box(130), 0.85),  # of the crowd, too
     ]
     evaluation = evaluate_results(coco, results, "bbox")
     mistakes = count_mistakes(evaluation, 0.5)
