@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from detectron2.utils.visualizer import Visualizer, VisImage
+from detectron2.utils.visualizer import VisImage, Visualizer
 from matplotlib.colors import to_rgb
 from matplotlib.transforms import Bbox
 
