@@ -42,7 +42,8 @@ _ESCAPE = 27
 def run_demo(args: argparse.Namespace) -> int:
     """
     Find objects in images, a video, or what the webcam sees. They are drawn, and written as COCO
-    JSON, or shown in a window.
+    JSON, or shown in a window. Images are read as in training, turned as their EXIF orientation
+    says: sizes and boxes are those of the image as it is seen.
 
     Args:
         args: of ``tools/demo.py``.
