@@ -27,7 +27,7 @@ from ..data.check import read_categories
 from ..data.dataset_mapper import BadImageError
 from ..utils.errors import UserError, say
 from ..utils.files import replace_file
-from ..utils.label_visualizer import LabelVisualizer
+from ..utils.label_visualizer import LabelVisualizer, arrange_labels
 from .checks import check_num_classes, check_registered
 from .defaults import load_config
 from .predictor import Predictor
@@ -42,7 +42,8 @@ _ESCAPE = 27
 def run_demo(args: argparse.Namespace) -> int:
     """
     Find objects in images, a video, or what the webcam sees. They are drawn, and written as COCO
-    JSON, or shown in a window.
+    JSON, or shown in a window. Images are read as in training, turned as their EXIF orientation
+    says: sizes and boxes are those of the image as it is seen.
 
     Args:
         args: of ``tools/demo.py``.
@@ -157,6 +158,9 @@ def _run_on_video(args: argparse.Namespace) -> int:
     path = args.video_input
     if path and not os.path.isfile(path):
         raise UserError(f"The video {path} does not exist.")
+    # What OpenCV cannot read or write is told of in one sentence.
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     video = cv2.VideoCapture(0 if args.webcam else path)
     is_read, frame = video.read()
     if not is_read:
@@ -182,8 +186,8 @@ def _run_on_video(args: argparse.Namespace) -> int:
             )
         bar = stack.enter_context(tqdm(total=max(num_frames, 0) or None, unit="frame"))
         for _, image, instances in predict(predictor, frames(), batch_size):
-            drawn = visualizer.draw_instance_predictions(image[:, :, ::-1], instances).get_image()
-            picture = np.ascontiguousarray(drawn[:, :, ::-1])
+            drawn = visualizer.draw_instance_predictions(image[:, :, ::-1], instances)
+            picture = np.ascontiguousarray(arrange_labels(drawn).get_image()[:, :, ::-1])
             if output:
                 writer.write(picture)
                 _add_to_coco(coco, instances, os.path.basename(path), image, frame=bar.n)
