@@ -60,7 +60,7 @@ def argument_parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="images at once, if they follow one another and are of one size (default: 4 on a "
-        "GPU; 1 on a CPU, where more is not faster)",
+        "GPU, 1 on a CPU)",
     )
     add_dataset_argument(parser)
     parser.add_argument(

@@ -241,7 +241,6 @@ def _read_classes(cfg: CfgNode) -> Metadata:
 
 
 def _batch_size(args: argparse.Namespace, predictor: Predictor) -> int:
-    # On a CPU more images at once take more memory, and as long.
     return args.batch_size or (1 if predictor.cfg.MODEL.DEVICE == "cpu" else 4)
 
 
