@@ -165,7 +165,7 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
 
     Args:
         cfg: of :func:`get_config`.
-        args: of :func:`argument_parser`.
+        args: of ``train_net.py``.
     """
     _default_setup(cfg, args)
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gnws_d2")

@@ -51,6 +51,13 @@ def test_good_command_is_launched(monkeypatch, tmp_path):
     assert launched == [1]
 
 
+def test_config_goes_by_its_name_in_the_zoo_too(tmp_path, monkeypatch):
+    assert load_config("quick_start", []) == load_config(QUICK_START, [])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quick_start").write_text("SEED: 7")
+    assert load_config("quick_start", []).SEED == 7
+
+
 @pytest.mark.parametrize(
     "args, message",
     [

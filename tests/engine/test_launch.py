@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import train_net
-from gnws_d2.engine import get_config, launch
+from gnws_d2.engine import get_config, launch, machines
 from gnws_d2.engine.machines import check_machines
 from gnws_d2.utils.errors import UserError
 from gnws_tools.arguments import train_argument_parser
@@ -323,14 +323,13 @@ def test_two_machines_of_one_rank_are_told_on_each(port):
 def test_versions_and_sources_are_compared(monkeypatch, tmp_path):
     args = argparse.Namespace(num_machines=2, num_gpus=1, eval_only=False, resume=False)
     cfg = get_config(argparse.Namespace(config_file=QUICK_START[1], dataset=[], opts=[]))
-    module = sys.modules["gnws_d2.engine.launch"]
-    here = module.describe_job(cfg, args)
+    here = machines.describe_job(cfg, args)
     check_machines([(0, "a", here), (1, "b", dict(here))])
     monkeypatch.setattr("torch.__version__", "1.0")
     monkeypatch.setattr("detectron2.__version__", "0.1")
     (tmp_path / "changed.py").touch()
-    monkeypatch.setattr(module, "_PACKAGE", tmp_path)
-    there = module.describe_job(cfg, args)
+    monkeypatch.setattr(machines, "_PACKAGE", tmp_path)
+    there = machines.describe_job(cfg, args)
     with pytest.raises(UserError, match=r"machines 0 \(a\) and 1 \(b\) differ in .*torch") as e:
         check_machines([(0, "a", here), (1, "b", there)])
     assert "detectron2 (" in str(e.value) and "gnws_d2's source files (" in str(e.value)
