@@ -1,5 +1,7 @@
 """The config keys of this project, beside Detectron2's own."""
 
+from typing import Any
+
 from detectron2.config import CfgNode
 
 from .utils.errors import UserError
@@ -48,3 +50,17 @@ def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         names = " or ".join(f'"{choice}"' for choice in choices)
         raise UserError(f'{key} is "{value}": set it to {names}.')
+
+
+def flatten_config(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """
+    Returns:
+        The values of a config by their whole keys, as "MODEL.DEVICE", after `prefix`.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            flat |= flatten_config(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -96,6 +96,13 @@ def test_wheel_predicts_trains_and_evaluates_elsewhere(wheel, photographs, tmp_p
     run("gnws", "train", "--num-gpus", "2", *model, *data, *keys, "SOLVER.MAX_ITER", "2")
     run("gnws", "eval", *model, *data, *keys, "MODEL.WEIGHTS", "output/model_final.pth")
     assert json.loads((work / "output/inference/coco_instances_results.json").read_text())
-    run("python", "-c", PREDICT, str(next(Path(photographs.images).iterdir())))
+    photograph = str(next(photographs.images.iterdir()))
+    run("python", "-c", PREDICT, photograph)
+    weights = ["MODEL.WEIGHTS", "output/model_final.pth"]
+    run("gnws", "demo", *model, *data, "--input", photograph, "--output", "found",
+        "--confidence-threshold", "0", "--opts", *keys, *weights)  # fmt: skip
+    assert json.loads((work / "found" / "detections.json").read_text())["annotations"]
+    run("gnws", "report", "output", *data)
+    assert "fruits" in (work / "output" / "report.html").read_text()
     run("gnws", "convert", "output/model_final.pth", "mmdet.pth", "--to", "mmdet")
     assert (work / "mmdet.pth").is_file()

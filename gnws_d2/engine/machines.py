@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
 
+from ..config import flatten_config
 from ..utils.errors import PeerError, RunError, UserError, say
 
 _PACKAGE = Path(__file__).parent.parent
@@ -187,15 +188,7 @@ def describe_job(cfg: CfgNode, args: argparse.Namespace) -> dict[str, str]:
     }
     if not dist.is_torchelastic_launched():  # which starts some machines again, and some anew
         facts["--resume"] = args.resume
-    return {name: str(value) for name, value in [*facts.items(), *_flatten(cfg)]}
-
-
-def _flatten(cfg: CfgNode, prefix: str = "") -> list[tuple[str, Any]]:
-    items: list[tuple[str, Any]] = []
-    for key, value in cfg.items():
-        name = f"{prefix}{key}"
-        items += _flatten(value, f"{name}.") if isinstance(value, CfgNode) else [(name, value)]
-    return items
+    return {name: str(value) for name, value in (facts | flatten_config(cfg)).items()}
 
 
 def check_machines(machines: list[tuple[int, str, dict[str, str]]]) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 import cv2
 import jinja2
 import numpy as np
-from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools.coco import COCO
 from tabulate import tabulate
 
+from ..config import flatten_config
 from ..data import read_image, register_coco_datasets
 from ..evaluation.analysis import (
     ERRORS,
@@ -179,7 +179,7 @@ def write_comparison(runs: list[Run], evaluations: list[list[Evaluation]], outpu
     names = [run.name for run in runs]
     if names[0] == names[1]:
         names = [os.path.normpath(run.path) for run in runs]
-    keys = [_flatten(run.cfg) for run in runs]
+    keys = [flatten_config(run.cfg) for run in runs]
     differing = [
         [key, *(str(k.get(key, _NONE)) for k in keys)]
         for key in sorted({**keys[0], **keys[1]})
@@ -467,13 +467,3 @@ def _format(ap: float) -> str:
 
 def _join(names: tuple[str, ...]) -> str:
     return ", ".join(names) or "no dataset"
-
-
-def _flatten(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
