@@ -41,6 +41,7 @@ SLURM_NODEID=0 exec "$@"
 # What is out of reach of a test, and stands for it.
 OUT_OF_REACH = {
     "gnws://mask_rcnn_R50_gnws_2x": "output/model_final.pth",
+    "output/before output/after": "output output",
     "python tools/reproduce_table.py": "python tools/reproduce_table.py --models "
     "mask_rcnn_R50_gnws_2x --opts MODEL.WEIGHTS output/model_final.pth MODEL.DEVICE cpu "
     "INPUT.MIN_SIZE_TEST 64 DATALOADER.NUM_WORKERS 0 MODEL.RPN.POST_NMS_TOPK_TEST 20",
