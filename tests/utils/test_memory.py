@@ -13,11 +13,12 @@ FAULTS = """
 import resource, sys, torch
 from gnws_d2.utils.memory import keep_freed_memory
 keep_freed_memory(sys.argv[1] == "True")
-for i in range(3):
+faults = []
+for i in range(10):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(64 * 2**20 // 4)
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults[1:]))  # the system may take pages back at any time
 """
 
 
