@@ -19,6 +19,8 @@ from PIL import Image
 from ..utils.errors import UserError
 from .transforms import OpenCVResizeShortestEdge
 
+# The files of a directory that are taken for images.
+IMAGE_SUFFIXES = tuple(".avif .bmp .gif .jp2 .jpeg .jpg .png .ppm .tif .tiff .webp".split())
 # How a whole JPEG and a whole PNG file end.
 _IMAGE_ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82")
 

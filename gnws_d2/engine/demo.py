@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .. import model_zoo
 from ..data import read_image, register_coco_datasets
 from ..data.check import read_categories
-from ..data.dataset_mapper import BadImageError
+from ..data.dataset_mapper import IMAGE_SUFFIXES, BadImageError
 from ..utils.errors import UserError, say
 from ..utils.files import replace_file
 from ..utils.label_visualizer import LabelVisualizer, arrange_labels
@@ -32,8 +32,6 @@ from .checks import check_num_classes, check_registered
 from .defaults import load_config
 from .predictor import Predictor
 
-# The files of a directory that are images.
-_SUFFIXES = tuple(".avif .bmp .gif .jp2 .jpeg .jpg .png .ppm .tif .tiff .webp".split())
 _MIN_WIDTH = 320  # pixels; smaller images are drawn larger, so that labels can be read
 _WINDOW = "detections"
 _ESCAPE = 27
@@ -82,7 +80,7 @@ def find_images(inputs: list[str]) -> tuple[list[str], list[str]]:
         for path in [name] if os.path.exists(name) else sorted(glob.glob(name)):
             if os.path.isdir(path):
                 files = (os.path.join(path, file) for file in sorted(os.listdir(path)))
-                paths += [file for file in files if file.lower().endswith(_SUFFIXES)]
+                paths += [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
             else:
                 paths.append(path)
         if not paths:

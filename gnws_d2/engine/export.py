@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import GNWSCheckpointer, save_checkpoint
 from ..data import OpenCVDatasetMapper
+from ..data.dataset_mapper import IMAGE_SUFFIXES
 from ..export.detections import Comparison, Detector, compare_detections, detect
 from ..export.fold import fold_model
 from ..export.onnx import load_onnx, save_onnx
@@ -46,7 +47,6 @@ _IN_A_GRAPH: dict[str, tuple[tuple[Any, ...], str]] = {
     "MODEL.ROI_BOX_HEAD.POOLER_TYPE": (("ROIAlignV2", "ROIAlign"), "others are not known to work"),
     "MODEL.ROI_MASK_HEAD.POOLER_TYPE": (("ROIAlignV2", "ROIAlign"), "others are not known to work"),
 }
-_IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _NUM_IMAGES = 5  # of a directory
 
 
@@ -175,7 +175,7 @@ def format_table(exported: Exported) -> str:
 def _find_images(path: str) -> list[str]:
     if not os.path.isdir(path):
         return [path]
-    names = sorted(name for name in os.listdir(path) if name.lower().endswith(_IMAGE_SUFFIXES))
+    names = sorted(name for name in os.listdir(path) if name.lower().endswith(IMAGE_SUFFIXES))
     if not names:
         raise UserError(f"The directory --images {path} has no images.")
     return [os.path.join(path, name) for name in names[:_NUM_IMAGES]]
