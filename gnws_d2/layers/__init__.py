@@ -1,4 +1,4 @@
-from .conversion import convert_ws_conv, fold_ws_conv
+from .conversion import convert_ws_conv, fold_for_inference, fold_ws_conv
 from .group_norm import GroupNorm, group_norm
 from .weight_standardization import WSConv2d, standardize_weight
 
@@ -6,6 +6,7 @@ __all__ = [
     "GroupNorm",
     "WSConv2d",
     "convert_ws_conv",
+    "fold_for_inference",
     "fold_ws_conv",
     "group_norm",
     "standardize_weight",

@@ -1,10 +1,11 @@
 """Group Normalization (Wu and He 2018, arXiv:1803.08494), with the residual and ReLU after it."""
 
 import torch
+from detectron2.layers import Conv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .kernels import use_triton
+from .kernels import get_kernels
 
 
 def group_norm(
@@ -17,10 +18,10 @@ def group_norm(
     relu: bool = False,
 ) -> Tensor:
     """
-    ``relu(group_norm(x) + residual)``, the residual and the ReLU where they are asked for.
+    Compute ``relu(group_norm(x) + residual)``, with the residual and the ReLU optional.
 
-    Half precision stays half precision, in autocast too, which would send
-    :func:`torch.nn.functional.group_norm` through float32. Statistics are float32 at least.
+    Half precision stays half precision, also in autocast, which would run
+    :func:`torch.nn.functional.group_norm` in float32. Statistics are float32 at least.
 
     Args:
         x: (N, C, ...), floating point; N may be 0.
@@ -28,42 +29,30 @@ def group_norm(
         weight, bias: (C,)
         eps: added to the variance.
         residual: of the shape of `x`.
+        relu: whether to apply the ReLU.
 
     Returns:
         A tensor of the shape and dtype of `x`.
     """
-    if _use_triton(x, num_groups):
-        from .kernels.group_norm import GroupNormFunction
-
-        return GroupNormFunction.apply(x, weight, bias, num_groups, eps, residual, relu)
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    if autocast_dtype(x.device) is None:
-        x = F.group_norm(x, num_groups, weight, bias, eps)
-    else:
-        with torch.autocast(x.device.type, enabled=False):
-            x = F.group_norm(x, num_groups, weight, bias, eps)
+    if not torch.jit.is_scripting():
+        kernels = get_kernels("group_norm", x, num_groups)
+        if kernels is not None:
+            function = kernels.GroupNormFunction
+            return function.apply(x, weight, bias, num_groups, eps, residual, relu)
+        if autocast_dtype(x.device) is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                return group_norm(x, num_groups, weight, bias, eps, residual, relu)
+    x = F.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     if residual is not None:
         x += residual
     return F.relu_(x) if relu else x
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """
-    Returns:
-        The type that autocast computes in on `device`; None where it is off.
-    """
-    available = torch.amp.is_autocast_available(device.type)
-    if not (available and torch.is_autocast_enabled(device.type)):
+    """Return the dtype that autocast computes in on `device`, or None if it is off."""
+    if device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
-
-
-def _use_triton(x: Tensor, num_groups: int) -> bool:
-    if not use_triton(x):
-        return False
-    from .kernels.group_norm import reason_not
-
-    return use_triton(x, reason_not(x, num_groups))
 
 
 class GroupNorm(nn.GroupNorm):
@@ -71,8 +60,45 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """See :func:`group_norm`."""
-        if torch.jit.is_scripting():
-            x = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-            x = x if residual is None else x + residual
-            return F.relu(x) if relu else x
         return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, residual, relu)
+
+
+class GNConv2d(Conv2d):
+    """
+    Detectron2's :class:`Conv2d` with its :class:`GroupNorm`, and the residual and ReLU after it,
+    in one operation. Any other norm or activation works as in :class:`Conv2d`.
+    """
+
+    # Whether fold_for_inference stores the weight in channels-last on a CPU. It is faster, but adds
+    # in another order: deep networks amplify the rounding until scores differ by over 1e-5.
+    channels_last = False
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """
+        Args:
+            x: (N, C_in, H, W); N may be 0.
+            residual: added to the output, of its shape.
+            relu: whether to apply a ReLU after that.
+
+        Returns:
+            (N, C_out, H_out, W_out), after the norm and the activation, if any.
+        """
+        weight = self.get_weight()
+        x = F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        if not torch.jit.is_scripting():
+            if isinstance(self.norm, GroupNorm):
+                if self.activation is None:
+                    return self.norm(x, residual, relu)
+                if isinstance(self.activation, nn.ReLU) and residual is None:
+                    return self.norm(x, relu=True)
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.activation is not None:
+            x = self.activation(x)
+        if residual is not None:
+            x = x + residual
+        return F.relu(x) if relu else x
+
+    def get_weight(self) -> Tensor:
+        """Return the weight to convolve with."""
+        return self.weight

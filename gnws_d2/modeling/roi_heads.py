@@ -9,49 +9,40 @@ from detectron2.modeling.roi_heads import FastRCNNConvFCHead, MaskRCNNConvUpsamp
 from torch import nn
 
 from ..layers import WSConv2d, convert_ws_conv
-from .keys import check_group_norm, get_kernels
+from .backbone import check_keys
 
 
-def _convert(head: nn.Module, kernels: str) -> None:
-    for m in convert_ws_conv(head, kernels).modules():
-        if isinstance(m, WSConv2d):
-            m.channels_last = True
+class _GNWSHead(nn.Module):
+    """Mixin for Detectron2's heads. Reads ``MODEL.<section>.*``, where ``NORM`` has to be "GN"."""
+
+    section: str
+
+    @configurable
+    def __init__(self, *args, kernels: str = "auto", **kwargs):
+        """As in the head of Detectron2. `kernels`: see :func:`convert_ws_conv`."""
+        super().__init__(*args, **kwargs)
+        for m in convert_ws_conv(self, kernels).modules():
+            if isinstance(m, WSConv2d):
+                m.channels_last = kernels == "auto"
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        kernels = check_keys(cfg, cls.section)
+        return {**super().from_config(cfg, input_shape), "kernels": kernels}  # type: ignore[misc]
 
 
 @ROI_BOX_HEAD_REGISTRY.register()
-class FastRCNNConvFCGNWSHead(FastRCNNConvFCHead):
-    """
-    :class:`FastRCNNConvFCHead` with its convolutions weight-standardized. Same arguments, and
-    ``MODEL.ROI_BOX_HEAD.*`` keys; UserError if ``MODEL.ROI_BOX_HEAD.NORM`` is not "GN".
-    """
+class FastRCNNConvFCGNWSHead(_GNWSHead, FastRCNNConvFCHead):
+    """:class:`FastRCNNConvFCHead` with its convolutions weight-standardized."""
 
-    @configurable
-    def __init__(self, *args, kernels: str = "auto", **kwargs):
-        """`kernels`: see :func:`convert_ws_conv`."""
-        super().__init__(*args, **kwargs)
-        _convert(self, kernels)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        check_group_norm("MODEL.ROI_BOX_HEAD.NORM", cfg.MODEL.ROI_BOX_HEAD.NORM)
-        return {**super().from_config(cfg, input_shape), "kernels": get_kernels(cfg)}
+    section = "ROI_BOX_HEAD"
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
-class MaskRCNNConvUpsampleGNWSHead(MaskRCNNConvUpsampleHead):
+class MaskRCNNConvUpsampleGNWSHead(_GNWSHead, MaskRCNNConvUpsampleHead):
     """
     :class:`MaskRCNNConvUpsampleHead` with its convolutions, but not its deconvolution and
-    predictor, weight-standardized. Same arguments, and ``MODEL.ROI_MASK_HEAD.*`` keys; UserError
-    if ``MODEL.ROI_MASK_HEAD.NORM`` is not "GN".
+    predictor, weight-standardized.
     """
 
-    @configurable
-    def __init__(self, *args, kernels: str = "auto", **kwargs):
-        """`kernels`: see :func:`convert_ws_conv`."""
-        super().__init__(*args, **kwargs)
-        _convert(self, kernels)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        check_group_norm("MODEL.ROI_MASK_HEAD.NORM", cfg.MODEL.ROI_MASK_HEAD.NORM)
-        return {**super().from_config(cfg, input_shape), "kernels": get_kernels(cfg)}
+    section = "ROI_MASK_HEAD"

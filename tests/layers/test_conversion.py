@@ -1,29 +1,43 @@
 import copy
 
+import pytest
 import torch
 from detectron2.layers import Conv2d, DeformConv, ShapeSpec, get_norm
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from test_fuse import BLOCKS
+from test_blocks import BLOCKS
 from test_weight_standardization import formula
 from torch import nn
 from torch.nn import functional as F
 
-from gnws_d2.layers import GroupNorm, WSConv2d, convert_ws_conv, fold_ws_conv
+from gnws_d2.layers import (
+    GroupNorm,
+    WSConv2d,
+    convert_ws_conv,
+    fold_for_inference,
+    fold_ws_conv,
+)
+from gnws_d2.layers.group_norm import GNConv2d
+from gnws_d2.layers.weight_standardization import standardize_weight_reference
 
 
-def test_convert_leaves_convolutions_without_norm_and_deformable_ones():
+def test_convert_leaves_convolutions_without_norm():
     model = nn.Sequential(
         Conv2d(32, 32, 3),
         nn.Conv2d(32, 32, 3),
         nn.ReLU(),
-        DeformConv(32, 32, 3, norm=get_norm("GN", 32)),
         Conv2d(32, 32, 3, norm=get_norm("FrozenBN", 32)),
         Conv2d(32, 32, 3, norm=get_norm(lambda channels: nn.InstanceNorm2d(channels), 32)),
     )
     types = [type(m) for m in model]
     assert convert_ws_conv(model) is model
     assert [type(m) for m in model] == [*types[:-1], WSConv2d]
+
+
+def test_convert_leaves_deformable_convolutions():
+    pytest.importorskip("detectron2._C")
+    model = nn.Sequential(DeformConv(32, 32, 3, norm=get_norm("GN", 32)))
+    assert type(convert_ws_conv(model)[0]) is DeformConv
 
 
 def test_convert_warns_where_there_is_nothing_to_convert(caplog):
@@ -51,9 +65,63 @@ def test_convert_reaches_the_convolutions_of_retinanets_head():
     )  # fmt: skip
 
 
-def test_fold_leaves_detectron2s_own_modules():
+@pytest.fixture
+def blocks():
     torch.manual_seed(0)
-    plain = nn.Sequential(*(make("GN") for make, _ in BLOCKS.values()))
+    return nn.Sequential(*(make("GN") for make, _ in BLOCKS.values()))
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_fold_for_inference_standardizes_the_weights_once(blocks, kernels):
+    model = convert_ws_conv(blocks, kernels).eval()
+    folded = copy.deepcopy(model)
+    assert fold_for_inference(folded) is folded
+    assert list(folded.state_dict()) == list(model.state_dict())
+    assert not any(isinstance(m, WSConv2d) for m in folded.modules())
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = [model[0](x), model[2](model[0](x))]
+        torch.testing.assert_close([folded[0](x), folded[2](folded[0](x))], expected)
+
+    for plain, m in zip(folded.modules(), model.modules()):
+        if isinstance(m, WSConv2d):
+            assert type(plain) is GNConv2d
+            assert torch.equal(plain.weight, standardize_weight_reference(m.weight))
+    weights = [p.clone() for p in folded.parameters()]
+    fold_for_inference(folded)
+    assert all(map(torch.equal, folded.parameters(), weights))
+
+
+def test_fold_of_a_deep_copy_leaves_the_model_to_train(blocks):
+    model = convert_ws_conv(blocks)
+    before = copy.deepcopy(model.state_dict())
+    fold_for_inference(copy.deepcopy(model))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    x = torch.randn(1, 3, 64, 64)
+    model[2](model[0](x)).sum().backward()
+    assert isinstance(model[0].conv1, WSConv2d) and model[0].conv1.weight.grad.abs().max() > 0
+
+
+def test_fold_standardizes_a_shared_weight_once():
+    convs = nn.Sequential(*(Conv2d(8, 8, 3, norm=get_norm("GN", 32)) for _ in range(2)))
+    convs[1].weight = convs[0].weight
+    weight = convs[0].weight.detach().clone()
+    for conv in fold_for_inference(convert_ws_conv(convs)):
+        assert torch.equal(conv.weight, standardize_weight_reference(weight))
+
+
+def test_fold_in_autocast_convolves_in_bfloat16():
+    conv = convert_ws_conv(nn.Sequential(Conv2d(32, 32, 3, norm=get_norm("GN", 32)))).eval()
+    x = torch.randn(1, 32, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = conv(x)
+        out = fold_for_inference(conv)(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected)
+
+
+def test_fold_ws_conv_leaves_detectron2s_own_modules(blocks):
+    plain = blocks
     model = convert_ws_conv(copy.deepcopy(plain))
     x = torch.randn(1, 3, 64, 64)
     outputs = [model[0](x), model[2](model[0](x))]

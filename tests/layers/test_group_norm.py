@@ -1,14 +1,18 @@
+import copy
 import itertools
 
 import pytest
 import torch
+from detectron2.layers import Conv2d, get_norm
+from torch import nn
 from torch.nn import functional as F
 
 from gnws_d2.layers import GroupNorm, group_norm
+from gnws_d2.layers.group_norm import GNConv2d
 
 
 @pytest.mark.parametrize(
-    "residual, relu, channels_last", itertools.product([False, True], repeat=3)
+    "residual, relu, channels_last", list(itertools.product([False, True], repeat=3))
 )
 def test_agrees_with_pytorch_in_float64(residual, relu, channels_last):
     torch.manual_seed(0)
@@ -54,3 +58,22 @@ def test_half_precision_stays_so_in_autocast_with_float32_statistics(dtype):
 
 def test_empty_input():
     assert GroupNorm(32, 64)(torch.zeros(0, 64, 3, 3), relu=True).shape == (0, 64, 3, 3)
+
+
+@pytest.mark.parametrize("scripted", [False, True], ids=["eager", "scripted"])
+@pytest.mark.parametrize("activation", [None, nn.ReLU()], ids=["", "activation"])
+@pytest.mark.parametrize("norm", ["GN", "BN", "", "fused GN"])
+def test_convolution_is_detectron2s_followed_by_residual_and_relu(norm, activation, scripted):
+    torch.manual_seed(0)
+    plain = Conv2d(8, 32, 3, norm=get_norm(norm.split()[-1] if norm else "", 32),
+                   activation=activation)  # fmt: skip
+    conv = copy.deepcopy(plain)
+    conv.__class__ = GNConv2d
+    if norm == "fused GN":
+        conv.norm.__class__ = GroupNorm
+    run = torch.jit.script(conv) if scripted else conv
+    x, residual = torch.randn(2, 8, 6, 6), torch.randn(2, 32, 4, 4)
+    torch.testing.assert_close(run(x), plain(x))
+    torch.testing.assert_close(run(x, relu=True), plain(x).relu())
+    torch.testing.assert_close(run(x, residual), plain(x) + residual)
+    torch.testing.assert_close(run(x, residual, relu=True), (plain(x) + residual).relu())

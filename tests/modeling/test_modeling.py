@@ -7,12 +7,19 @@ from conftest import mmdet_state
 from detectron2 import model_zoo as d2_model_zoo
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, build_model
+from detectron2.modeling import BACKBONE_REGISTRY, build_backbone, build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from gnws_d2 import Predictor, model_zoo
-from gnws_d2.layers import GroupNorm, WSConv2d, convert_ws_conv, standardize_weight
+from gnws_d2.layers import (
+    GroupNorm,
+    WSConv2d,
+    convert_ws_conv,
+    fold_for_inference,
+    standardize_weight,
+)
+from gnws_d2.utils import process
 from gnws_d2.utils.errors import UserError
 
 
@@ -47,7 +54,7 @@ def train_step(model, batch):
 
 
 def test_detections_do_not_depend_on_the_kernels(photographs, tmp_path):
-    """In evaluation: kept weights, fused layers, channels-last heads."""
+    """In evaluation, with fused layers and without."""
     torch.save({"state_dict": mmdet_state("mask_rcnn_R50_gnws_2x")}, tmp_path / "mmdet.pth")
     image = cv2.imread(str(photographs.images / "0.jpg"))
     detections = []
@@ -65,6 +72,48 @@ def test_detections_do_not_depend_on_the_kernels(photographs, tmp_path):
     torch.testing.assert_close(a.scores, b.scores, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor, rtol=1e-4, atol=1e-2)
     assert torch.equal(a.pred_classes, b.pred_classes)
+
+
+@torch.no_grad()
+def test_folded_model_gives_the_same():
+    """In float64: float32 rounding grows in a network of random weights."""
+    torch.manual_seed(0)
+    model = build_model(get_config()).double().eval()
+    folded = fold_for_inference(copy.deepcopy(model))
+    assert not any(isinstance(m, WSConv2d) for m in folded.modules())
+    image, box_features, mask_features = (
+        torch.randn(shape, dtype=torch.float64)
+        for shape in ((1, 3, 64, 64), (3, 256, 7, 7), (3, 256, 14, 14))
+    )
+    outputs, expected = (
+        (
+            m.backbone(image),
+            m.roi_heads.box_head(box_features),
+            m.roi_heads.mask_head.layers(mask_features),
+        )
+        for m in (folded, model)
+    )
+    torch.testing.assert_close(outputs, expected)
+    # Channels-last changes the rounding, so only the heads use it.
+    weights = folded.backbone.fpn_output2.weight, folded.roi_heads.box_head.conv1.weight
+    assert [w.is_contiguous(memory_format=torch.channels_last) for w in weights] == [False, True]
+
+
+def test_backbone_can_be_scripted_and_traced():
+    """As Detectron2's can: torch.jit.script needs the patches of detectron2.export.torchscript."""
+    import detectron2.export.torchscript  # noqa: F401
+
+    torch.manual_seed(0)
+    backbone = build_backbone(get_config()).double()
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    expected = backbone(x)
+    torch.testing.assert_close(torch.jit.script(backbone)(x), expected)
+    torch.testing.assert_close(torch.jit.trace(backbone, x, strict=False)(x), expected)
+
+
+def test_building_a_model_leaves_the_memory_settings_of_the_process(monkeypatch):
+    monkeypatch.setattr(process, "ctypes", None)
+    build_backbone(get_config())
 
 
 def test_unknown_kernels_are_refused():
@@ -152,6 +201,7 @@ def test_another_norm_is_refused(section):
 def test_training_step_equals_plain_group_norm_with_standardized_weights():
     """The reference is Detectron2's own Mask R-CNN, its weights standardized beforehand."""
     cfg = get_config()
+    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 64
     torch.manual_seed(0)
     model = build_model(cfg)
 
@@ -197,6 +247,7 @@ def test_detectron2s_other_models_train_when_converted(config_file):
     cfg = d2_model_zoo.get_config(config_file)
     cfg.MODEL.DEVICE = "cpu"
     cfg.INPUT.MASK_FORMAT = "bitmask"
+    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 64
     for section in ("RESNETS", "FPN", "RETINANET", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
         cfg.MODEL[section].NORM = "GN"
     model = build_model(cfg)

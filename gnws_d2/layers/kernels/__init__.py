@@ -1,45 +1,46 @@
-"""Triton kernels for GPUs. Their modules import Triton; :func:`use_triton` says if they can be."""
+"""Triton kernels for GPUs. Their modules import Triton, so :func:`get_kernels` imports them."""
 
 import functools
 import importlib.util
 import logging
+from types import ModuleType
 
 import torch
+from detectron2.utils.logger import log_first_n
 from torch import Tensor
 
 
-def use_triton(x: Tensor, reason_not: str = "") -> bool:
+def get_kernels(name: str, x: Tensor, *args: int) -> ModuleType | None:
     """
     Args:
-        x: what the kernel would run on.
-        reason_not: why the kernel does not take this shape or type; empty if it does.
+        name: "group_norm" or "weight_standardization".
+        x: tensor to run the kernels on.
+        args: other arguments of ``unsupported_reason`` in the module of that name.
 
     Returns:
-        Whether to run the Triton kernel. If not, a log message says why, once for each reason.
+        The module of that name, or None if its kernels cannot run on `x`. The log says why, once
+        for each reason.
     """
+    if torch.jit.is_tracing():  # traces hold PyTorch's own operators only
+        return None
     if not x.is_cuda:
-        reason_not = f"they run on GPUs, not on {x.device.type}"
-    elif not _has_triton():
-        reason_not = "Triton is not installed"
-    elif not _is_supported(x.device):
-        reason_not = "the GPU is older than Triton supports"
-    if reason_not and not torch.compiler.is_compiling():
-        _log_once(logging.WARNING if x.is_cuda else logging.INFO, reason_not)
-    return not reason_not
+        reason = f"they run on GPUs, not on {x.device.type}"
+    elif not _has_triton(x.device):
+        reason = "Triton is not installed or does not support this GPU"
+    else:
+        from . import group_norm, weight_standardization
+
+        kernels = group_norm if name == "group_norm" else weight_standardization
+        reason = kernels.unsupported_reason(x, *args)
+        if not reason:
+            return kernels
+    if not torch.compiler.is_compiling():
+        message = f"PyTorch's own operators run in place of Triton kernels: {reason}."
+        log_first_n(logging.WARNING if x.is_cuda else logging.INFO, message, key="message")
+    return None
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _is_supported(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (7, 0)
-
-
-@functools.cache
-def _log_once(level: int, reason: str) -> None:
-    logging.getLogger(__name__).log(
-        level, f"PyTorch's own operators run in place of Triton kernels: {reason}."
-    )
+def _has_triton(device: torch.device) -> bool:
+    installed = importlib.util.find_spec("triton") is not None
+    return installed and torch.cuda.get_device_capability(device) >= (7, 0)

@@ -2,12 +2,10 @@
 GroupNorm, with the residual and the ReLU after it, as Triton kernels.
 
 PyTorch gives each group of each image to one block: 32 blocks for one image, on GPUs with over 100
-multiprocessors. Here a group that is larger than a tile is split over many blocks, in two passes:
-the first leaves the moments of each channel of each tile, the second combines them and normalizes.
-A smaller one takes one pass. Reading x twice and writing y once is the floor of the two passes.
+multiprocessors. Here a group larger than a tile is split over many blocks, in two passes: the first
+computes the moments of each channel of each tile, the second combines them and normalizes. Smaller
+groups take one pass.
 """
-
-from typing import Any
 
 import torch
 import triton
@@ -28,7 +26,7 @@ def _group_sum(v, D: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _tile(C, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Of this program: image, channels, offsets and mask of its tile of (N, C, P)."""
+    """Image, channels, offsets and mask of this program's tile of (N, C, P)."""
     blocks = C // BLOCK_C
     n = tl.program_id(0) // blocks
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -63,7 +61,7 @@ def _normalize_kernel(
     saved_rstd_ptr, C, P, eps, D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
     SPLITS: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """SPLITS: the number of splits rounded up to a power of two; 1 if the tile has whole groups."""
+    """SPLITS: number of splits, rounded up to a power of two; 1 if tiles hold whole groups."""
     n, c, offsets, mask = _tile(C, P, BLOCK_C, BLOCK_P)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if SPLITS == 1:
@@ -121,7 +119,7 @@ def _grad_sums_kernel(
     dot_ptr, C, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
 ):  # fmt: skip
-    """For each channel of the tile the sums of the gradient and of gradient * normalized x."""
+    """Sums over each channel of the tile of the gradient and of gradient * normalized x."""
     n, c, offsets, mask = _tile(C, P, BLOCK_C, BLOCK_P)
     weight = tl.load(weight_ptr + c).to(tl.float32)
     grad, normalized, _ = _load_grad(
@@ -165,19 +163,14 @@ def _grad_input_kernel(
         tl.store(grad_residual_ptr + offsets, grad, mask=mask)
 
 
-def reason_not(x: Tensor, num_groups: int) -> str:
-    """
-    Returns:
-        Why :class:`GroupNormFunction` does not take `x`; empty if it does.
-    """
+def unsupported_reason(x: Tensor, num_groups: int) -> str:
+    """Return why :class:`GroupNormFunction` cannot run on `x`; empty if it can."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"no GroupNorm kernel for {x.dtype}"
     d = x.size(1) // num_groups
     if d & (d - 1) or d > _TILE // 16:
         return f"no GroupNorm kernel for groups of {d} channels"
-    if x.numel() == 0:
-        return "there is nothing to normalize"
-    return ""
+    return "" if x.numel() else "there is nothing to normalize"
 
 
 def _tiling(c: int, p: int, d: int) -> tuple[int, int]:
@@ -186,7 +179,7 @@ def _tiling(c: int, p: int, d: int) -> tuple[int, int]:
     if d * block_p > _WHOLE:
         return d, _TILE // d
     block_c = d
-    # Small groups are taken together; blocks of one image are left for many multiprocessors.
+    # Small groups are taken together, as long as one image is still many blocks.
     while block_c * block_p < _TILE // 4 and c % (2 * block_c) == 0 and block_c < 8 * d:
         block_c *= 2
     return block_c, block_p
@@ -194,70 +187,51 @@ def _tiling(c: int, p: int, d: int) -> tuple[int, int]:
 
 class GroupNormFunction(torch.autograd.Function):
     """
-    ``relu(group_norm(x) + residual)``, with or without the residual and the ReLU.
+    ``relu(group_norm(x) + residual)``, with the residual and the ReLU optional.
 
     `x` is (N, C, ...), float32, float16 or bfloat16; C / num_groups is a power of two. The output
-    and the residual have the type of `x`; statistics, sums and products are float32. Backward keeps
-    `x`, and with both residual and ReLU the output, which the next layer keeps anyway.
+    and the residual have the dtype of `x`; statistics, sums and products are float32. Backward
+    keeps `x`, and with both residual and ReLU the output, which the next layer keeps anyway.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        num_groups: int,
-        eps: float,
-        residual: Tensor | None,
-        relu: bool,
-    ) -> Tensor:
+    def forward(ctx, x, weight, bias, num_groups, eps, residual, relu):
         x = x.contiguous()
         n, c = x.shape[:2]
         p = x[0, 0].numel()
         d = c // num_groups
-        block_c, block_p = _tiling(c, p, d)
+        tile = block_c, block_p = _tiling(c, p, d)
         splits = triton.cdiv(p, block_p)
         grid = (n * (c // block_c), splits)
-        warps = 4 if block_c * block_p < _TILE else 8
+        launch = {"num_warps": 4 if block_c * block_p < _TILE else 8}
         y = torch.empty_like(x)
         saved = x.new_empty((2, n, c), dtype=torch.float32)
-        # Not read where there is one split.
-        moments = x.new_empty((2, n, splits, c), dtype=torch.float32) if splits > 1 else saved
+        moments = saved  # not read where there is one split
         if residual is not None:
             residual = residual.to(x.dtype).contiguous()
         if splits > 1:
-            _moments_kernel[grid](x, *moments, c, p, block_c, block_p, num_warps=warps)
+            moments = x.new_empty((2, n, splits, c), dtype=torch.float32)
+            _moments_kernel[grid](x, *moments, c, p, *tile, **launch)
+        options = (triton.next_power_of_2(splits), residual is not None, relu)
         _normalize_kernel[grid](
-            x, residual, weight, bias, *moments, y, *saved, c, p, eps, d, block_c, block_p,
-            triton.next_power_of_2(splits), residual is not None, relu, num_warps=warps,
-        )  # fmt: skip
+            x, residual, weight, bias, *moments, y, *saved, c, p, eps, d, *tile, *options, **launch
+        )
         ctx.save_for_backward(x, weight, bias, saved, y if relu and residual is not None else None)
-        ctx.tiling = d, block_c, block_p, splits
-        ctx.residual, ctx.relu = residual is not None, relu
+        ctx.constants = c, p, d, tile, options, grid, launch
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad_y):
         x, weight, bias, saved, y = ctx.saved_tensors
-        d, block_c, block_p, splits = ctx.tiling
-        n, c = x.shape[:2]
-        p = x[0, 0].numel()
-        grid = (n * (c // block_c), splits)
-        warps = 4 if block_c * block_p < _TILE else 8
-        grad_y = grad_y.contiguous()
+        c, p, d, tile, options, grid, launch = ctx.constants
+        splits, with_residual = grid[1], options[1]
         grad_x = torch.empty_like(x)
-        grad_residual = torch.empty_like(x) if ctx.residual else None
-        sums = x.new_empty((2, n, splits, c), dtype=torch.float32)
-        inputs = (grad_y, x, y, weight, bias, *saved, *sums)
+        grad_residual = torch.empty_like(x) if with_residual else None
+        sums = x.new_empty((2, len(x), splits, c), dtype=torch.float32)
+        inputs = (grad_y.contiguous(), x, y, weight, bias, *saved, *sums)
         if splits > 1:
-            _grad_sums_kernel[grid](
-                *inputs, c, p, block_c, block_p, ctx.residual, ctx.relu, num_warps=warps
-            )
-        _grad_input_kernel[grid](
-            *inputs, grad_x, grad_residual, c, p, d, block_c, block_p,
-            triton.next_power_of_2(splits), ctx.residual, ctx.relu, num_warps=warps,
-        )  # fmt: skip
+            _grad_sums_kernel[grid](*inputs, c, p, *tile, *options[1:], **launch)
+        _grad_input_kernel[grid](*inputs, grad_x, grad_residual, c, p, d, *tile, *options, **launch)
         grad_bias, grad_weight = sums.sum((1, 2)).to(weight.dtype)
         return grad_x, grad_weight, grad_bias, None, None, grad_residual, None

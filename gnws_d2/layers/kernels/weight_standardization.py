@@ -1,11 +1,11 @@
-"""Weight standardization as two Triton kernels, of one program for each filter."""
+"""Weight standardization as two Triton kernels, with one program per filter."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_MAX_SIZE = 16384  # values of a filter, which one program holds in registers
+_MAX_SIZE = 16384  # values of a filter that a program holds in registers
 
 
 @triton.jit
@@ -14,7 +14,7 @@ def _standardize_kernel(weight_ptr, out_ptr, std_ptr, size, correction, eps, BLO
     i = tl.arange(0, BLOCK)
     mask = i < size
     w = tl.load(weight_ptr + row * size + i, mask=mask, other=0.0).to(tl.float32)
-    # A large common offset would eat the digits of the mean.
+    # A large common offset would cost the mean digits.
     w = tl.where(mask, w - tl.load(weight_ptr + row * size).to(tl.float32), 0.0)
     w = tl.where(mask, w - tl.sum(w, 0) / size, 0.0)
     std = tl.sqrt(tl.sum(w * w, 0) / (size - correction))
@@ -38,11 +38,8 @@ def _grad_kernel(grad_ptr, out_ptr, std_ptr, grad_weight_ptr, size, correction, 
     tl.store(grad_weight_ptr + row * size + i, grad, mask=mask)
 
 
-def reason_not(weight: Tensor) -> str:
-    """
-    Returns:
-        Why the kernels do not take `weight`; empty if they do.
-    """
+def unsupported_reason(weight: Tensor) -> str:
+    """Return why the kernels cannot run on `weight`; empty if they can."""
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"no weight standardization kernel for {weight.dtype}"
     if weight[0].numel() > _MAX_SIZE:
@@ -51,16 +48,14 @@ def reason_not(weight: Tensor) -> str:
 
 
 def _launch(weight: Tensor) -> tuple[int, int, dict[str, int]]:
+    """The size and correction arguments, and the block and warps."""
     size = weight[0].numel()
     block = triton.next_power_of_2(size)
     return size, min(1, size - 1), {"BLOCK": block, "num_warps": min(8, max(1, block // 256))}
 
 
 def standardize(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """
-    Returns:
-        The standardized weight, contiguous, of type `dtype`, and the (C_out, 1) float32 std.
-    """
+    """Return the standardized weight, contiguous, of `dtype`, and the (C_out, 1) float32 std."""
     size, correction, options = _launch(weight)
     weight = weight.contiguous()
     out = torch.empty_like(weight, dtype=dtype)
@@ -72,17 +67,9 @@ def standardize(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor,
 def standardize_backward(
     grad: Tensor, out: Tensor, std: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """
-    Args:
-        grad: the gradient of `out`.
-        out, std: of :func:`standardize`.
-
-    Returns:
-        The gradient of the weight, of type `dtype`.
-    """
+    """Return the gradient of the weight, of `dtype`, from that of `out` of :func:`standardize`."""
     size, correction, options = _launch(out)
+    grad = grad.contiguous()
     grad_weight = torch.empty_like(out, dtype=dtype)
-    _grad_kernel[(len(out),)](
-        grad.contiguous(), out, std, grad_weight, size, correction, eps, **options
-    )
+    _grad_kernel[(len(out),)](grad, out, std, grad_weight, size, correction, eps, **options)
     return grad_weight
