@@ -1,17 +1,15 @@
-"""``gnws://``: the published checkpoints as paths that Detectron2 understands."""
+"""``gnws://NAME``: the published checkpoints as paths that Detectron2 understands."""
 
 import difflib
 import hashlib
-import http.client
 import os
-import shutil
-import urllib.error
-import urllib.request
-from typing import IO, Any
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
 
 from detectron2.utils.file_io import PathManager
+from iopath.common.download import download
 from iopath.common.file_io import PathHandler, file_lock, get_cache_dir
-from tqdm import tqdm
 
 from .. import model_zoo
 from ..utils.errors import UserError
@@ -19,88 +17,55 @@ from .checkpointer import load_checkpoint, save_checkpoint
 
 
 def checkpoint_urls() -> dict[str, str]:
-    """
-    Returns:
-        The URL of each name in the catalog. The end of its file name is the start of its SHA-256.
-    """
+    """Return the URL of each name. It ends with the first digits of the file's SHA-256."""
     urls = {row["name"]: row["checkpoint_url"] for row in model_zoo.table()}
-    for row in model_zoo.imagenet_backbones():
-        urls[f"ImageNetPretrained/{row['name']}"] = row["url"]
-    return urls
+    backbones = model_zoo.imagenet_backbones()
+    return urls | {f"ImageNetPretrained/{row['name']}": row["url"] for row in backbones}
 
 
 class GNWSCatalogHandler(PathHandler):
     """
-    Resolve ``gnws://NAME`` to a local file in Detectron2's format: downloaded once, its hash
-    checked, converted, and kept in iopath's cache directory (``$FVCORE_CACHE``). A file that was
-    downloaded elsewhere may be put there instead.
+    Resolve ``gnws://NAME`` to a local file in Detectron2's format.
+
+    The published file is downloaded once, its hash checked, and its conversion kept beside it in
+    iopath's cache directory (``$FVCORE_CACHE``). A file put there by hand is used as well.
     """
 
-    PREFIX = "gnws://"
-
     def _get_supported_prefixes(self) -> list[str]:
-        return [self.PREFIX]
+        return ["gnws://"]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
-        name, urls = path.removeprefix(self.PREFIX), checkpoint_urls()
+        name, urls = path.removeprefix("gnws://"), checkpoint_urls()
         if name not in urls:
-            near = difflib.get_close_matches(name, urls, n=3, cutoff=0) or list(urls)
+            near = difflib.get_close_matches(name, urls, n=3, cutoff=0)
             raise UserError(f"{path} is not in the catalog. The nearest are {', '.join(near)}.")
-        cache = os.path.join(get_cache_dir(), "gnws_d2")
-        published = os.path.join(cache, urls[name].rpartition("/")[2])
+        url, cache = urls[name], os.path.join(get_cache_dir(), "gnws_d2")
+        published = os.path.join(cache, os.path.basename(url))
         converted = f"{published.removesuffix('.pth')}.detectron2.pth"
         try:
-            with file_lock(published):
+            with file_lock(published):  # one process downloads, the others wait for it
                 if not os.path.isfile(converted):
                     if not os.path.isfile(published):
-                        _download(urls[name], published)
+                        download(url, cache)
                     _check_hash(published)
                     save_checkpoint(load_checkpoint(published), converted)
-        except OSError as e:
+        except (OSError, HTTPException) as e:
             raise UserError(
-                f"{path} cannot be kept in the cache directory {cache}: {e.strerror or e}. Set "
-                "FVCORE_CACHE to another directory."
+                f"Cannot download {url} to {cache}: {e}. Put the file there by hand, set "
+                'FVCORE_CACHE to another directory, or set MODEL.WEIGHTS "" to train from scratch.'
             ) from e
         return converted
-
-    def _isfile(self, path: str, **kwargs: Any) -> bool:
-        return path.removeprefix(self.PREFIX) in checkpoint_urls()
-
-    _exists = _isfile
-
-    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO:
-        return open(self._get_local_path(path), mode, buffering)
-
-
-def _download(url: str, path: str) -> None:
-    part = f"{path}.part"
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response:
-            size = int(response.headers.get("Content-Length") or 0)
-            with open(part, "wb") as f:
-                bar = tqdm.wrapattr(f, "write", total=size or None, desc=os.path.basename(path))
-                with bar as out:
-                    shutil.copyfileobj(response, out)
-        if os.path.getsize(part) < size:
-            raise ConnectionError(f"it ended after {os.path.getsize(part)} of {size} bytes")
-    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
-        raise UserError(
-            f"Cannot download {url}: {e}. Put the file, downloaded elsewhere, into "
-            f'{os.path.dirname(path)}, or set MODEL.WEIGHTS "" to train from scratch.'
-        ) from e
-    os.replace(part, path)
 
 
 def _check_hash(path: str) -> None:
     expected = path.removesuffix(".pth").rpartition("-")[2]
-    with open(path, "rb") as f:
-        actual = hashlib.file_digest(f, "sha256").hexdigest()
-    if not actual.startswith(expected):
+    actual = hashlib.sha256(Path(path).read_bytes()).hexdigest()[: len(expected)]
+    if actual != expected:
         os.replace(path, f"{path}.wrong")
         raise UserError(
-            f"The SHA-256 of {path} starts with {actual[:8]}, not {expected}: it is damaged or "
-            f"another file. It was kept as {path}.wrong, and is not used; run this again to "
-            "download it again."
+            f"The SHA-256 of {path} starts with {actual}, not {expected}: it is incomplete or "
+            f"another file, and is now {path}.wrong. Run again to download it again, or set "
+            'MODEL.WEIGHTS "" to train from scratch.'
         )
 
 

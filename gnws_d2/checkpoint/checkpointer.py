@@ -1,138 +1,101 @@
-"""Detectron2's checkpointer for the formats of :mod:`.convert`, that lets no mismatch pass."""
+"""Detectron2's checkpointer for the formats of :mod:`.convert`; a mismatch is an error."""
 
 import os
 import re
-import zipfile
+from http.client import HTTPException
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..layers import WSConv2d
 from ..utils.errors import UserError
-from ..utils.files import replace_file
+from ..utils.files import atomic_write
 from .convert import convert_to_detectron2
 
-# The layers whose shape depends on the classes.
-_PREDICTORS = (
-    "roi_heads.box_predictor.cls_score.",
-    "roi_heads.box_predictor.bbox_pred.",
-    "roi_heads.mask_head.predictor.",
-)
+# The layers whose shape depends on the number of classes.
+_PREDICTORS = ("roi_heads.box_predictor.", "roi_heads.mask_head.predictor.")
+
+
+class DamagedCheckpointError(UserError):
+    """Raised when a checkpoint is missing, truncated or damaged."""
+
+
+def find_checkpoint(path: str) -> str:
+    """Return the local file of a checkpoint, downloaded if `path` is a URL or ``gnws://NAME``."""
+    try:
+        file = PathManager.get_local_path(path.partition("?")[0])  # Detectron2 drops queries, too
+    except (OSError, HTTPException, ValueError) as e:
+        raise UserError(f"Cannot download MODEL.WEIGHTS {path}: {e}. Check the address.") from e
+    if not os.path.isfile(file):
+        raise DamagedCheckpointError(f"The checkpoint {path} does not exist.")
+    return file
 
 
 def load_checkpoint(path: str) -> dict[str, Any]:
     """
-    Read a checkpoint of any format that :func:`convert_to_detectron2` knows, without running code
-    that it may hold.
+    Read a checkpoint of any format of :func:`convert_to_detectron2`, without running code in it,
+    and return it in Detectron2's format, on the CPU.
 
     Args:
-        path: a local file.
-
-    Returns:
-        The checkpoint in Detectron2's format.
+        path: a local file, a URL or ``gnws://NAME``.
 
     Raises:
-        UserError: if the file is damaged, needs code to be run, has no known format, claims to be
-            larger than it is, or has weights that are not finite.
+        UserError: if the file cannot be read, has an unknown format, code or non-finite values.
     """
+    file = find_checkpoint(path)
     try:
-        with PathManager.open(path, "rb") as f:
-            start = f.read(64).lstrip().lower()
-            f.seek(0)
-            if zipfile.is_zipfile(f):
-                with zipfile.ZipFile(f) as z:
-                    unpacked = sum(entry.file_size for entry in z.infolist())
-                if unpacked > os.fstat(f.fileno()).st_size:
-                    # torch.save does not compress: a small file could fill the memory.
-                    raise UserError(f"The file {path} is compressed: unpack it and save it again.")
-            f.seek(0)
-            checkpoint = torch.load(f, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as e:
-        raise UserError(f"Cannot read the checkpoint {path}: {e.strerror or e}.") from e
-    except UserError:
-        raise
+        raise UserError(f"Cannot read the checkpoint {file}: {e.strerror or e}.") from e
     except Exception as e:  # a damaged file can fail in any way
-        if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-            why = "is a web page, not a checkpoint: its download failed"
-        elif code := re.search(r"\bGLOBAL (\S+)", str(e)):
-            why = f"holds {code[1]}, which would run code when loaded: it is refused"
-        elif start.startswith(b"\x80"):
-            why = "is a pickle, which can run code when loaded: it is refused"
-        else:
-            why = "is damaged, or no PyTorch checkpoint"
-            raise DamagedCheckpointError(f"The file {path} {why}.") from e
-        raise UserError(f"The file {path} {why}.") from e
+        if code := re.search(r"\bGLOBAL (\S+)", str(e)):
+            raise UserError(f"{file} is refused: loading it would run {code[1]}.") from e
+        raise DamagedCheckpointError(
+            f"{file} is damaged, or no PyTorch checkpoint but a web page or a pickle."
+        ) from e
     try:
-        converted = convert_to_detectron2(checkpoint)
-    except UserError as e:
-        raise UserError(f"The checkpoint {path} cannot be used: {e}") from e
-    for name, value in converted["model"].items():
-        try:
-            # Strides of 0 would make a few bytes as large as one likes.
-            whole = value.numel() * value.element_size() <= value.untyped_storage().nbytes()
-            finite = whole and bool(value.isfinite().all())
-        except RuntimeError as e:  # sparse, quantized, without values and others
-            raise UserError(f"The checkpoint {path} has a tensor of no use in {name}.") from e
-        if not whole:
-            raise UserError(
-                f"The checkpoint {path} has fewer values in {name} than its shape "
-                f"{list(value.shape)} says."
-            )
-        if not finite:
-            raise UserError(f"The checkpoint {path} has values that are not finite in {name}.")
-    return converted
+        checkpoint = convert_to_detectron2(checkpoint)
+        bad = [name for name, value in checkpoint["model"].items() if not value.isfinite().all()]
+    except (UserError, RuntimeError) as e:  # PyTorch's, if a tensor claims more values than it has
+        raise UserError(f"The checkpoint {file} cannot be used: {e}") from e
+    if bad:
+        raise UserError(f"The checkpoint {file} has values that are not finite in {bad[0]}.")
+    return checkpoint
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: str) -> None:
-    """Write `checkpoint` to `path`, where there is never half of it (:func:`replace_file`)."""
-    try:
-        with replace_file(path, "wb") as f:
+    """Write a checkpoint atomically; raise :class:`UserError` if that fails, as on a full disk."""
+    with atomic_write(path, "wb") as f:
+        try:
             torch.save(checkpoint, f)
-    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError for a full disk
-        raise UserError(f"Cannot write {path}: {' '.join(str(e).split())}.") from e
-
-
-class DamagedCheckpointError(UserError):
-    """A file that is no whole checkpoint."""
+        except RuntimeError as e:  # PyTorch's, while it handles the OSError of a full disk
+            raise (e.__context__ if isinstance(e.__context__, OSError) else OSError(e)) from e
 
 
 class GNWSCheckpointer(DetectionCheckpointer):
     """
-    :class:`DetectionCheckpointer` that reads MMDetection's, MMCV's and the WS authors' files like
-    its own, runs no code in them, and writes whether the model has standardized weights.
+    :class:`DetectionCheckpointer` that reads the formats of :func:`convert_to_detectron2`, runs no
+    code in them, writes atomically, and raises :class:`UserError` if a checkpoint does not fit.
 
-    A checkpoint of another network is an error. To start training, a checkpoint may lack
-    parameters (a backbone does), and its predictors may be for other classes.
+    A checkpoint to start training from may lack whole parts of the model, as a backbone does, and
+    may have predictors for other classes. One to resume from must match entirely; with
+    ``strict=True``, as for evaluation, any one must. Checkpoints record whether the model has
+    weight standardization; a difference is logged as a warning.
     """
 
-    def __init__(
-        self, model: nn.Module, save_dir: str = "", *, strict: bool = False, **kwargs: Any
-    ):
-        """
-        Args:
-            model, save_dir, kwargs: see :class:`DetectionCheckpointer`.
-            strict: every parameter must be in the checkpoint, with its shape, as evaluation and
-                prediction need it.
-        """
-        super().__init__(model, save_dir, **kwargs)
+    def __init__(self, *args: Any, strict: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self.strict = strict
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """
-        See :class:`DetectionCheckpointer`. Whenever the process is killed, there are whole files,
-        and ``last_checkpoint`` names one of them.
-
-        Raises:
-            UserError: if the file cannot be written, as on a full disk.
-        """
+        """See :class:`DetectionCheckpointer`; raises :class:`UserError`, as on a full disk."""
         if not self.save_dir or not self.save_to_disk:
             return
-        data = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
-        data |= {"model": self.model.state_dict(), **kwargs}
-        data["weight_standardization"] = self._is_standardized()
+        data = {key: obj.state_dict() for key, obj in self.checkpointables.items()} | kwargs
+        data |= {"model": self.model.state_dict(), "weight_standardization": self._standardized()}
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
         save_checkpoint(data, path)
@@ -140,16 +103,13 @@ class GNWSCheckpointer(DetectionCheckpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """See :class:`DetectionCheckpointer`."""
-        with replace_file(os.path.join(self.save_dir, "last_checkpoint")) as f:
+        with atomic_write(os.path.join(self.save_dir, "last_checkpoint")) as f:
             f.write(last_filename_basename)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """
-        See :class:`DetectionCheckpointer`. If the last checkpoint is damaged or gone, the one
-        before it is used, and so on.
-
-        Raises:
-            UserError: if there are checkpoints to resume from, and none that is whole.
+        See :class:`DetectionCheckpointer`. If the last checkpoint is damaged or missing, fall back
+        to the one before it, and so on.
         """
         if not (resume and self.has_checkpoint()):
             return super().resume_or_load(path, resume=False)
@@ -157,112 +117,86 @@ class GNWSCheckpointer(DetectionCheckpointer):
         others = sorted(self.get_all_checkpoint_files(), key=os.path.getmtime, reverse=True)
         for candidate in [last, *(other for other in others if other != last)]:
             try:
-                if not os.path.isfile(candidate):
-                    raise DamagedCheckpointError(f"The checkpoint {candidate} does not exist.")
-                return self.load(candidate)
+                return self.load(candidate, resume=True)
             except DamagedCheckpointError as e:
                 self.logger.error(f"{e} Looking for the checkpoint before it.")
-        raise UserError(
-            f"No checkpoint in {self.save_dir} is whole: train anew with another OUTPUT_DIR."
-        )
+        raise UserError(f"All checkpoints in {self.save_dir} are damaged: use another OUTPUT_DIR.")
 
-    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """
-        Args:
-            path: a local file, a URL, ``gnws://...``, or "" for none.
-
-        Raises:
-            UserError: see :func:`load_checkpoint`; or if there is no such file, or the checkpoint
-                does not fit the model.
-        """
+    def load(self, path: str, *args: Any, resume: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """See :class:`DetectionCheckpointer`. With `resume` the checkpoint must match entirely."""
         if self.strict and not path:
             raise UserError("MODEL.WEIGHTS is empty: name the checkpoint to use.")
-        if path and "://" not in path and not self.path_manager.isfile(path):
-            raise UserError(f"MODEL.WEIGHTS {path} does not exist.")
-        self._path = path
-        try:
-            return super().load(path, *args, **kwargs)
-        finally:
-            self._parsed_url_during_load = None  # which Detectron2 leaves set when it fails
+        self._path, self._resume = path, resume
+        self._parsed_url_during_load = None  # Detectron2 leaves it set after an error
+        return super().load(path and find_checkpoint(path), *args, **kwargs)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         return load_checkpoint(filename)
 
     def _load_model(self, checkpoint: dict[str, Any]):
-        standardized = checkpoint.get("weight_standardization", self._is_standardized())
-        if standardized != self._is_standardized():
-            names = {True: "GN+WS", False: "plain GN"}
+        own_ws = self._standardized()
+        if checkpoint.get("weight_standardization", own_ws) != own_ws:
             self.logger.warning(
-                f"{self._path} is of a {names[standardized]} model, but the config builds a "
-                f"{names[not standardized]} one: its predictions will be wrong."
+                f"Only one of {self._path} and the model of the config has weight standardization: "
+                "the predictions will be wrong."
             )
+        own = self.model.state_dict()
         if checkpoint.pop("matching_heuristics", False):
-            # A backbone. Detectron2's heuristics would find its place too, but drop what is left.
-            stems = (n for n in self.model.state_dict() if n.endswith("stem.conv1.weight"))
+            # A backbone. Detectron2's heuristics would silently drop parameters without a place.
+            stems = (name for name in own if name.endswith("stem.conv1.weight"))
             prefix = next(stems, "").removesuffix("stem.conv1.weight")
             checkpoint["model"] = {f"{prefix}{k}": v for k, v in checkpoint["model"].items()}
         given = dict(checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
-        missing, unexpected = incompatible.missing_keys, incompatible.unexpected_keys
-        shapes = incompatible.incorrect_shapes
+        if issues := self._find_issues(*incompatible):
+            hint = " Resume with its config, start anew without --resume or in another OUTPUT_DIR."
+            raise UserError(
+                f"The checkpoint {self._path} seems to be {describe(given)}, but the config builds "
+                f"{describe(own)}: {issues[0]} ({len(issues)} parameters differ)."
+                f"{hint if self._resume else ''}"
+            )
+        return incompatible
 
-        if not self.strict:
-            predictors = [name for name, *_ in shapes if name.startswith(_PREDICTORS)]
+    def _find_issues(self, missing: list, unexpected: list, shapes: list) -> list[str]:
+        # Detectron2 counts parameters of another shape as missing, too, and logs what is left here.
+        mismatched = [name for name, *_ in shapes]
+        missing[:] = [name for name in missing if name not in mismatched]
+        if not (self.strict or self._resume):
+            predictors = [name for name in mismatched if name.startswith(_PREDICTORS)]
             if predictors:
                 self.logger.info(
                     f"{self._path} is for other classes: the predictors {', '.join(predictors)} "
                     "keep their new initialization."
                 )
                 shapes[:] = [shape for shape in shapes if shape[0] not in predictors]
-                missing[:] = [name for name in missing if name not in predictors]
-        mismatched = {name for name, *_ in shapes}
-        missing = [name for name in missing if name not in mismatched]
-        if not self.strict:  # a part of the model may be missing, but not a part of a part
-            loaded = set(self.model.state_dict()).difference(missing, mismatched)
-            parts = {_part(name) for name in loaded}
-            missing = [name for name in missing if _part(name) in parts]
-            unexpected = [name for name in unexpected if _part(name) in parts]
-        faults = [
-            f"{len(names)} parameters {what} (the first is {names[0]})"
-            for what, names in (
-                ("are missing", missing),
-                ("have another shape", [f"{k}: {list(a)}, not {list(b)}" for k, a, b in shapes]),
-                ("are of no layer of it", unexpected),
-            )
-            if names
+            parts = {_part(k) for k in self.model.state_dict().keys() - {*mismatched, *missing}}
+            if parts:  # at least one has to match
+                missing = [name for name in missing if _part(name) in parts]
+                unexpected = [name for name in unexpected if _part(name) in parts]
+        return [
+            *(f"{name} has shape {list(given)}, not {list(own)}" for name, given, own in shapes),
+            *(f"{name} is missing" for name in missing),
+            *(f"{name} is of no layer of it" for name in unexpected),
         ]
-        if faults:
-            raise UserError(
-                f"The checkpoint {self._path} seems to be {describe(given)}, but the config builds "
-                f"{describe(self.model.state_dict())}: {'; '.join(faults)}."
-            )
-        return incompatible
 
-    def _is_standardized(self) -> bool:
-        return any(isinstance(m, WSConv2d) for m in self.model.modules())
+    def _standardized(self) -> bool:
+        return any(isinstance(module, WSConv2d) for module in self.model.modules())
 
 
 def _part(name: str) -> str:
-    """The part of a detector that has a parameter: a checkpoint has all of it, or nothing."""
-    return ".".join(
-        name.split(".")[: 2 if name.startswith(("backbone.bottom_up", "roi_heads")) else 1]
-    )
+    """Return the part of a model that has a parameter: a checkpoint has all of it, or nothing."""
+    return re.findall(r"backbone\.bottom_up|roi_heads\.\w+|\w*", name)[0]
 
 
 def describe(state: dict[str, Tensor]) -> str:
-    """
-    Args:
-        state: with Detectron2's names.
-
-    Returns:
-        What network it seems to be of, as "a Mask R-CNN R-50-FPN with 80 classes".
-    """
-    blocks = {m.group(1) for name in state if (m := re.search(r"\bres4\.(\d+)\.", name))}
-    depth = {6: "50", 23: "101", 36: "152"}.get(len(blocks), "?")
-    convs = [value.shape for name, value in state.items() if name.endswith("res2.0.conv2.weight")]
-    width, width_per_group = convs[0][:2] if convs else (1, 1)
-    groups = width // width_per_group
-    backbone = f"R-{depth}" if groups == 1 else f"X-{depth}-{groups}x{width_per_group}d"
+    """Name the network of a state dict, as "a Mask R-CNN R-50-FPN with 80 classes"."""
+    conv = next((state[name] for name in state if name.endswith("res2.0.conv2.weight")), None)
+    if conv is None:
+        return "another network"
+    blocks = sum("res4." in name and name.endswith("conv2.weight") for name in state)
+    depth = {6: "50", 23: "101", 36: "152"}.get(blocks, "?")
+    groups, width = conv.shape[0] // conv.shape[1], conv.shape[1]
+    backbone = f"R-{depth}" if groups == 1 else f"X-{depth}-{groups}x{width}d"
     if any("fpn_" in name for name in state):
         backbone += "-FPN"
     scores = state.get("roi_heads.box_predictor.cls_score.weight")

@@ -1,4 +1,4 @@
-"""The formats of checkpoints, told apart by their content, and Detectron2's names for each."""
+"""The formats of checkpoints and their parameter names, converted to Detectron2's and back."""
 
 import re
 from typing import Any
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..utils.errors import UserError
 
-# The names of a layer in MMDetection and in Detectron2, and what is added to each number of the
+# For each layer, its name in MMDetection and in Detectron2, and what to add to each number in the
 # former to get the latter.
 _LAYERS: tuple[tuple[str, str, tuple[int, ...]], ...] = (
     ("backbone.conv1", "backbone.bottom_up.stem.conv1", ()),
@@ -38,42 +38,29 @@ _BACKBONE = "backbone.bottom_up."
 
 def convert_to_detectron2(checkpoint: Any) -> dict[str, Any]:
     """
-    Convert the content of a checkpoint file to Detectron2's format. It is recognized as one of
+    Convert what `torch.load` returns to Detectron2's format. The given format is recognized:
 
-    * Detectron2's own format, or a state dict with Detectron2's names: taken as it is;
-    * an MMDetection detector: its state dict, its EMA copies left out;
-    * an ImageNet backbone with MMCV's names, or with those of the WS authors, who name GroupNorm
-      layers ``bn``: its backbone, the classifier ``fc`` left out.
-
-    Args:
-        checkpoint: what `torch.load` gave.
+    * Detectron2's own, or a state dict with Detectron2's names: returned as it is;
+    * an MMDetection detector, without the copies of its EMA;
+    * an ImageNet backbone with MMCV's names, or with those of the WS authors, who call GroupNorm
+      layers ``bn``, without its classifier ``fc``.
 
     Returns:
-        ``{"model": state dict, ...}``, as `DetectionCheckpointer` takes it.
+        ``{"model": state dict, ...}``, as `DetectionCheckpointer` loads it.
 
     Raises:
-        UserError: if it is none of these, or a model with BatchNorm. The message has no file name.
+        UserError: if it is none of these, or has BatchNorm. The message has no file name.
     """
     state = checkpoint
-    for key in ("model", "state_dict"):
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
-            state = checkpoint[key]
-            break
-    if (
-        not isinstance(state, dict)
-        or not state
-        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
-    ):
+    if isinstance(checkpoint, dict):
+        state = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
+    items = list(state.items()) if isinstance(state, dict) else []
+    if not items or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in items):
         raise UserError("it holds no state dict.")
-    if checkpoint.get("model") is state:
-        if not isinstance(checkpoint.get("weight_standardization", False), bool):
-            raise UserError("its weight_standardization is neither True nor False.")
+    if "model" in checkpoint:
         return checkpoint
-    state = {
-        key.removeprefix("module."): value  # of DistributedDataParallel
-        for key, value in state.items()
-        if not key.startswith("ema_")
-    }
+    # DistributedDataParallel adds "module.", MMDetection's EMA "ema_".
+    state = {k.removeprefix("module."): v for k, v in items if not k.startswith("ema_")}
     if any(key.endswith("running_mean") for key in state):
         raise UserError("it is a model with BatchNorm, not GroupNorm.")
     if any(key.startswith((_BACKBONE, "proposal_generator.", "roi_heads.")) for key in state):
@@ -81,55 +68,38 @@ def convert_to_detectron2(checkpoint: Any) -> dict[str, Any]:
     if "backbone.layer1.0.conv1.weight" in state:
         return {"model": _rename(state, to_detectron2=True), "__author__": "MMDetection"}
     if "layer1.0.conv1.weight" in state:
-        state = {
+        renamed = {
             "backbone." + re.sub(r"\bbn(\d)\b", r"gn\1", key): value
             for key, value in state.items()
             if not key.startswith("fc.")
         }
-        state = _rename(state, to_detectron2=True)
-        # Without the prefix of the FPN, and to be matched, as Detectron2's own backbones.
-        return {
-            "model": {key.removeprefix(_BACKBONE): value for key, value in state.items()},
-            "__author__": "MMCV",
-            "matching_heuristics": True,
-        }
-    keys = ", ".join(list(state)[:3])
-    raise UserError(f"its parameters ({keys}, ...) are those of no model known here.")
+        backbone = _rename(renamed, to_detectron2=True)
+        # Without a prefix, to be matched with the model's names: like Detectron2's own backbones.
+        state = {key.removeprefix(_BACKBONE): value for key, value in backbone.items()}
+        return {"model": state, "__author__": "MMCV", "matching_heuristics": True}
+    raise UserError(f"its parameters, such as {items[0][0]}, are of no known model.")
 
 
 def convert_to_mmdet(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """
-    The inverse of :func:`convert_to_detectron2` for a detector.
-
-    Args:
-        checkpoint: in Detectron2's format.
-
-    Returns:
-        ``{"meta": {}, "state_dict": state dict}``, with MMDetection's names.
-
-    Raises:
-        UserError: if it has parameters that MMDetection's models have not.
+    Convert a detector from Detectron2's format to MMDetection's. Raise :class:`UserError` if it has
+    parameters that MMDetection's models do not have.
     """
     return {"meta": {}, "state_dict": _rename(checkpoint["model"], to_detectron2=False)}
 
 
 def _rename(state: dict[str, Tensor], to_detectron2: bool) -> dict[str, Tensor]:
-    renamed, unknown = {}, []
+    renamed = {}
     for key, value in state.items():
         layer, _, parameter = key.rpartition(".")
         for mmdet, detectron2, offsets in _LAYERS:
             source, target = (mmdet, detectron2) if to_detectron2 else (detectron2, mmdet)
-            match = re.fullmatch(re.escape(source).replace(r"\{\}", r"(\d{1,4})"), layer)
-            if match:
-                signed = (o if to_detectron2 else -o for o in offsets)
-                numbers = (int(n) + o for n, o in zip(match.groups(), signed))
+            pattern = re.escape(source).replace(r"\{\}", r"(\d{1,4})")
+            if match := re.fullmatch(pattern, layer):
+                sign = 1 if to_detectron2 else -1
+                numbers = (int(n) + sign * o for n, o in zip(match.groups(), offsets))
                 renamed[f"{target.format(*numbers)}.{parameter}"] = value
                 break
         else:
-            unknown.append(key)
-    if unknown:
-        raise UserError(
-            f"{len(unknown)} of its parameters have no counterpart in a Faster or Mask R-CNN of "
-            f"this project, the first of them {unknown[0]}."
-        )
+            raise UserError(f"its parameter {key} is of no known model.")
     return renamed

@@ -1,17 +1,20 @@
-"""Datasets of one's own, in COCO format."""
+"""Register COCO datasets, and check that a config fits them."""
 
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.utils.file_io import PathManager
 
 from ..utils.errors import UserError
+from .check import check_coco_json
 
 
 def register_coco_datasets(datasets: list[list[str]]) -> None:
     """
-    Register datasets for use in ``DATASETS.TRAIN`` and ``DATASETS.TEST``. Reads no file.
+    Register datasets in COCO format, for ``DATASETS.TRAIN`` and ``DATASETS.TEST``. Reads no file.
 
     Args:
-        datasets: (name, annotation file, image directory) of each.
+        datasets: a (name, annotation file, image directory) for each.
 
     Raises:
         UserError: if a name is already taken by another dataset.
@@ -24,3 +27,74 @@ def register_coco_datasets(datasets: list[list[str]]) -> None:
             raise UserError(
                 f"--dataset {name}: a dataset of this name exists, choose another name."
             )
+
+
+def check_datasets(cfg: CfgNode, keys: tuple[str, ...]) -> None:
+    """
+    Check that the datasets of a config exist and have the classes that the model predicts; raise
+    :class:`UserError` for the first mistake. `keys` are "TRAIN", "TEST" or both.
+    """
+    if "TRAIN" in keys and not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty: name a dataset to train on.")
+    classes: dict[str, list[str]] = {}
+    for key in keys:
+        for name in cfg.DATASETS[key]:
+            if name in classes:
+                continue
+            classes[name] = _check_dataset(cfg, key, name)
+            first, expected = next(iter(classes.items()))
+            if classes[name] != expected:
+                raise UserError(
+                    f"The classes of the datasets {first} ({_join(expected)}) and {name} "
+                    f"({_join(classes[name])}) differ: a model is trained and tested on the same "
+                    "classes."
+                )
+            check_num_classes(cfg, name, classes[name])
+
+
+def check_num_classes(cfg: CfgNode, dataset: str, classes: list[str]) -> None:
+    """Raise :class:`UserError` if the model has another number of classes than the dataset."""
+    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if len(classes) != num_classes:
+        raise UserError(
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}, but the dataset {dataset} has "
+            f"{len(classes)} classes ({_join(classes)}): set MODEL.ROI_HEADS.NUM_CLASSES "
+            f"{len(classes)}."
+        )
+
+
+def check_registered(key: str, dataset: str) -> None:
+    """Raise :class:`UserError` if ``DATASETS.{key}`` names a dataset that is not registered."""
+    if dataset not in DatasetCatalog:
+        raise UserError(
+            f"DATASETS.{key} names {dataset}, which is not registered: add "
+            f"--dataset {dataset} ANNOTATIONS.json IMAGE_ROOT."
+        )
+
+
+def _check_dataset(cfg: CfgNode, key: str, name: str) -> list[str]:
+    """Check the files of a dataset and return its class names."""
+    check_registered(key, name)
+    metadata = MetadataCatalog.get(name)
+    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+    for what, path in (("annotation file", json_file), ("image directory", image_root)):
+        if path is not None and not PathManager.exists(path):
+            raise UserError(
+                f"The {what} of the dataset {name} does not exist: {path}. (Datasets that come "
+                "with Detectron2 are looked for in $DETECTRON2_DATASETS.)"
+            )
+    # Only built-in datasets know their classes before their file is read; they need no check.
+    if metadata.get("thing_classes") is not None:
+        return metadata.thing_classes
+    evaluation = name in cfg.DATASETS.TEST
+    return check_coco_json(
+        json_file,
+        image_root,
+        masks=cfg.MODEL.MASK_ON,
+        evaluation=evaluation,
+        skip_bad_images=cfg.INPUT.ON_BAD_IMAGE == "skip" and not evaluation,
+    )
+
+
+def _join(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

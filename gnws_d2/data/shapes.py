@@ -1,4 +1,4 @@
-"""The built-in data: a small synthetic dataset of coloured shapes in COCO format."""
+"""A small built-in dataset: synthetic images of coloured shapes, in COCO format."""
 
 import json
 import os
@@ -15,17 +15,20 @@ CLASSES = ("circle", "square", "triangle")
 IMAGE_SIZE = 128  # pixels
 _SPLITS = {"shapes_train": (1000, 0), "shapes_val": (100, 1)}  # images, seed
 
-# Corners on the unit circle, and the angle of the first when the shape stands upright. The circle
-# is a polygon too, so that its mask is exact.
+# Number of corners, and the angle of the first when the shape stands upright. The circle is a
+# polygon too, so that its mask is exact.
 _CORNERS = {"circle": (32, 0.0), "square": (4, np.pi / 4), "triangle": (3, -np.pi / 2)}
 _MAX_TILT = 0.3  # radians
 
 
 def generate_shapes(output_dir: str, num_images: int, seed: int) -> None:
     """
-    Write images of a few shapes that do not touch each other, on a background with a colour
-    gradient, and their polygons: ``annotations.json`` and ``images/*.png`` in `output_dir`, which
-    must not exist. The same arguments always give the same files.
+    Draw images of a few separate shapes on a colour gradient, and write ``images/*.png`` and
+    ``annotations.json`` with their polygons. The same arguments always give the same files.
+
+    Args:
+        output_dir: directory to create; it must not exist.
+        num_images, seed: number of images, and seed of what is on them.
     """
     rng = np.random.RandomState(seed)
     os.makedirs(os.path.join(output_dir, "images"))
@@ -81,16 +84,13 @@ def generate_shapes(output_dir: str, num_images: int, seed: int) -> None:
 
 def load_shapes(name: str) -> list[dict[str, Any]]:
     """
-    Load "shapes_train" or "shapes_val" from Detectron2's dataset directory
+    Load "shapes_train" or "shapes_val", in Detectron2's dataset format, from its dataset directory
     (``$DETECTRON2_DATASETS``, or ``./datasets``), where it is generated on first use.
-
-    Returns:
-        The dataset in Detectron2's dataset format.
     """
     datasets = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
     root = os.path.join(datasets, name)
     os.makedirs(datasets, exist_ok=True)
-    with file_lock(root):  # of several processes, one generates
+    with file_lock(root):  # only one of several processes generates
         if not os.path.isdir(root):
             with tempfile.TemporaryDirectory(dir=datasets) as tmp:
                 generate_shapes(os.path.join(tmp, name), *_SPLITS[name])

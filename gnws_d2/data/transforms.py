@@ -7,15 +7,15 @@ from detectron2.data import transforms as T
 
 class OpenCVResizeTransform(T.ResizeTransform):
     """
-    :class:`ResizeTransform` that resizes images with OpenCV's bilinear interpolation, which has no
-    antialiasing, instead of Pillow's. Boxes, polygons and masks are left to Detectron2.
+    :class:`ResizeTransform` that resizes images by OpenCV's bilinear interpolation, which has no
+    antialiasing, instead of Pillow's.
     """
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
         """
         Args:
             img: (h, w) or (h, w, C), uint8 or floating point.
-            interp: if given, a Pillow method: Detectron2 asks for nearest to resize a mask.
+            interp: a Pillow method to use instead: Detectron2 resizes masks by nearest neighbour.
 
         Returns:
             (new_h, new_w) or (new_h, new_w, C), same dtype.
@@ -29,13 +29,7 @@ class OpenCVResizeShortestEdge(T.ResizeShortestEdge):
     """:class:`ResizeShortestEdge` by :class:`OpenCVResizeTransform`."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        """
-        Args:
-            image: (h, w, C)
-        """
-        transform = super().get_transform(image)
-        if isinstance(transform, T.ResizeTransform):
-            transform = OpenCVResizeTransform(
-                transform.h, transform.w, transform.new_h, transform.new_w
-            )
-        return transform
+        t = super().get_transform(image)
+        if isinstance(t, T.ResizeTransform):
+            t = OpenCVResizeTransform(t.h, t.w, t.new_h, t.new_w)
+        return t

@@ -8,10 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 
 from gnws_d2 import model_zoo
@@ -79,9 +79,16 @@ def test_downloads_once_checks_and_converts(publish, server, cache, capfd):
     assert torch.load(path)["model"].keys() == {"backbone.bottom_up.res2.0.conv1.weight"}
     assert files(cache) == [f"{file_name[:-4]}.detectron2.pth", file_name]
     assert get() == path and server.requests == 1
-    assert PathManager.isfile(f"gnws://{NAME}") and not PathManager.isfile("gnws://other")
-    with PathManager.open(f"gnws://{NAME}", "rb") as f:
-        assert f.read() == Path(path).read_bytes()
+
+
+def test_stock_detectron2_loads_from_the_catalog(publish, cache):
+    publish(NAME, small_checkpoint())
+    model = torch.nn.ModuleDict({"backbone": torch.nn.Module()})
+    model.backbone.bottom_up = torch.nn.Module()
+    model.backbone.bottom_up.res2 = torch.nn.ModuleList([torch.nn.Module()])
+    model.backbone.bottom_up.res2[0].conv1 = torch.nn.Conv2d(2, 2, 1, bias=False)
+    DetectionCheckpointer(model).load(f"gnws://{NAME}")
+    assert (model.backbone.bottom_up.res2[0].conv1.weight == 1).all()
 
 
 def test_file_put_into_the_cache_is_used(publish, server, cache):
@@ -109,7 +116,7 @@ def test_without_network_the_message_says_what_to_do(cache, monkeypatch):
 def test_missing_file_on_the_server_is_named(publish, server, cache):
     file_name = publish(NAME, small_checkpoint())
     del server.files[file_name]
-    with pytest.raises(UserError, match=f"Cannot download {server.url}/{file_name}: .*404"):
+    with pytest.raises(UserError, match=f"Cannot download {server.url}/{file_name} to .*404"):
         get()
     assert files(cache) == []
 
@@ -117,9 +124,9 @@ def test_missing_file_on_the_server_is_named(publish, server, cache):
 def test_truncated_download_is_an_error_and_is_restarted(publish, server, cache):
     file_name = publish(NAME, small_checkpoint())
     server.cut = 100
-    with pytest.raises(UserError, match=r"Cannot download .* it ended after 100 of"):
+    with pytest.raises(UserError, match=r"Cannot download .* got only 100 out of"):
         get()
-    assert file_name not in files(cache) and len(files(cache)) <= 1
+    assert files(cache) == []
     server.cut = None
     assert torch.load(get())["model"]
     assert files(cache) == [f"{file_name[:-4]}.detectron2.pth", file_name]
@@ -149,7 +156,7 @@ def test_cache_directory_without_permission_is_named(publish, tmp_path, monkeypa
     publish(NAME, small_checkpoint())
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
     (tmp_path / "gnws_d2").write_text("")
-    with pytest.raises(UserError, match=f"cache directory {tmp_path}/gnws_d2.*FVCORE_CACHE"):
+    with pytest.raises(UserError, match=f"to {tmp_path}/gnws_d2: .*Not a directory.*FVCORE_CACHE"):
         get()
 
 
@@ -160,11 +167,11 @@ def test_full_disk_is_named_and_leaves_no_good_looking_file(publish, server, cac
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(UserError, match=f"cache directory {cache}: File too large"):
+        with pytest.raises(UserError, match=f"to {cache}: .*File too large"):
             get()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert all(name.endswith(".part") for name in files(cache))
+    assert files(cache) == []
     assert torch.load(get())["model"]
 
 

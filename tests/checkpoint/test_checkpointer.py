@@ -1,5 +1,6 @@
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def test_missing_parameter_is_named(save):
     del state["neck.fpn_convs.1.gn.bias"]
     path = save({"state_dict": state})
     for strict in (True, False):
-        with pytest.raises(UserError, match=r"1 parameters are missing .*fpn_output3.norm.bias"):
+        with pytest.raises(UserError, match=r"fpn_output3.norm.bias is missing \(1 parameters"):
             GNWSCheckpointer(build(FASTER), strict=strict).load(path)
 
 
@@ -107,6 +108,13 @@ def test_training_does_not_start_from_the_backbone_of_another_network(save, name
         GNWSCheckpointer(build(name)).load(save(backbone(FASTER)))
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_checkpoint_that_shares_no_parameter_with_the_model_is_an_error(save, strict):
+    path = save({"model": {"transformer.layer.weight": torch.ones(3, 3)}})
+    with pytest.raises(UserError, match=f"{path} seems to be another network, but .* is missing"):
+        GNWSCheckpointer(build(FASTER), strict=strict).load(path)
+
+
 def test_fine_tuning_on_other_classes_keeps_new_predictors_and_says_so_in_one_line(save, caplog):
     path, model = save({"state_dict": mmdet_state(MASK)}), build(MASK, 3)
     predictor = model.roi_heads.mask_head.predictor.weight.clone()
@@ -131,7 +139,7 @@ def test_plain_group_norm_checkpoint_warns_and_the_other_way_round(tmp_path, cap
     ):
         caplog.clear()
         GNWSCheckpointer(m, strict=True).load(str(tmp_path / f"{name}.pth"))
-        assert ("its predictions will be wrong" in caplog.text) == warns
+        assert ("the predictions will be wrong" in caplog.text) == warns
 
 
 def test_own_checkpoints_load_in_stock_detectron2(tmp_path, caplog):
@@ -154,8 +162,8 @@ class _Malicious:
     [
         (b"", "is damaged"),
         (b"garbage", "is damaged"),
-        (b"<!DOCTYPE html><html>Not found</html>", "is a web page"),
-        (pickle.dumps({"model": {}}), "is a pickle, .* refused"),
+        (b"<!DOCTYPE html><html>Not found</html>", "is damaged, or .* a web page"),
+        (pickle.dumps({"model": {}}), "is damaged, or .* a pickle"),
     ],
 )
 def test_file_that_is_no_checkpoint_is_named(tmp_path, content, message):
@@ -177,7 +185,7 @@ def test_code_in_a_checkpoint_is_not_run(save, tmp_path, zip_format):
     path = save(
         {"state_dict": _Malicious(tmp_path / "ran")}, _use_new_zipfile_serialization=zip_format
     )
-    with pytest.raises(UserError, match=r"holds posix.system, which would run code .*refused"):
+    with pytest.raises(UserError, match=r"is refused: loading it would run posix.system"):
         load_checkpoint(path)
     assert not (tmp_path / "ran").exists()
 
@@ -188,32 +196,12 @@ def test_pickle_of_the_zoo_and_code_in_any_format_are_not_run_by_the_checkpointe
         for j, content in enumerate((_Malicious(tmp_path / "ran"), {"model": {}})):
             path = tmp_path / f"model{i}{j}{suffix}"
             path.write_bytes(pickle.dumps({"model": content, "__author__": "x"}, protocol=2))
-            with pytest.raises(UserError, match=f"{path} .*refused"):
+            with pytest.raises(UserError, match=f"{path} .*(refused|a pickle)"):
                 GNWSCheckpointer(torch.nn.Linear(2, 2)).load(str(path))
     assert not (tmp_path / "ran").exists()
 
 
 NAME = "backbone.bottom_up.a"
-
-
-@pytest.mark.parametrize(
-    "value, message",
-    [
-        (
-            lambda: torch.zeros(1).expand(10**13),
-            rf"fewer values in {NAME} than .*\[10000000000000\]",
-        ),
-        (lambda: torch.empty(10**13, device="meta"), f"no use in {NAME}"),
-        (lambda: torch.sparse_coo_tensor(size=(10**6, 10**6)), f"no use in {NAME}"),
-        (lambda: 3, "no state dict"),
-    ],
-)
-@pytest.mark.parametrize("zip_format", [True, False])
-def test_tensor_that_is_not_what_it_says_is_named(save, value, message, zip_format):
-    for checkpoint in ({NAME: value()}, {"model": {NAME: value()}}):
-        path = save(checkpoint, _use_new_zipfile_serialization=zip_format)
-        with pytest.raises(UserError, match=message):
-            load_checkpoint(path)
 
 
 @pytest.mark.parametrize("zip_format", [True, False])
@@ -238,22 +226,18 @@ def test_more_values_than_there_are_is_an_error_without_the_memory(save, zip_for
         load_checkpoint(path)
 
 
-def test_zip_that_grows_when_unpacked_is_refused(save):
-    path = save({NAME: torch.zeros(1_000_000)})
-    with zipfile.ZipFile(path) as z:
-        entries = {name: z.read(name) for name in z.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
-        for name, content in entries.items():
-            z.writestr(name, content)
-    with pytest.raises(UserError, match=f"{path} is compressed"):
-        load_checkpoint(path)
-
-
 def test_values_that_are_not_finite_are_named(save):
     state = mmdet_state(FASTER)
     state["rpn_head.rpn_conv.bias"][7] = float("nan")
     with pytest.raises(UserError, match=r"not finite in proposal_generator.rpn_head.conv.bias"):
         load_checkpoint(save({"state_dict": state}))
+
+
+@pytest.mark.parametrize("value", [3, [torch.zeros(3)], None])
+def test_state_dict_of_other_things_than_tensors_is_named(save, value):
+    path = save({"model": {NAME: value}})
+    with pytest.raises(UserError, match=f"{path} cannot be used: it holds no state dict"):
+        load_checkpoint(path)
 
 
 def test_batch_norm_model_is_refused(save):
@@ -269,8 +253,34 @@ def test_no_checkpoint_is_an_error_only_where_one_is_needed():
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"gone.pth: No such file"):
+    with pytest.raises(UserError, match=r"gone.pth does not exist"):
         load_checkpoint(str(tmp_path / "gone.pth"))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_url_that_cannot_be_read_is_one_sentence(server, tmp_path, monkeypatch, strict):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    for url, reason in (
+        ("http://127.0.0.1:9/model.pth", "Connection refused"),
+        ("http://no-such-host.invalid/model.pth", "<urlopen error"),
+        (f"{server.url}/gone.pth", "404"),
+        ("http://[::1/model.pth", "Invalid IPv6 URL"),
+    ):
+        with pytest.raises(UserError) as e:
+            GNWSCheckpointer(torch.nn.Linear(2, 2), strict=strict).load(url)
+        message = str(e.value)
+        assert f"Cannot download MODEL.WEIGHTS {url}: " in message and reason in message
+    with pytest.raises(UserError, match=r"s4://model.pth does not exist"):
+        GNWSCheckpointer(torch.nn.Linear(2, 2), strict=strict).load("s4://model.pth")
+
+
+def test_checkpoint_is_loaded_from_a_url(server, save, tmp_path, monkeypatch):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    model = torch.nn.Linear(2, 2)
+    server.files["model.pth"] = Path(save({"model": model.state_dict()})).read_bytes()
+    other = torch.nn.Linear(2, 2)
+    GNWSCheckpointer(other, strict=True).load(f"{server.url}/model.pth")
+    assert torch.equal(other.weight, model.weight)
 
 
 def test_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -283,7 +293,7 @@ def test_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     good = path.read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(UserError, match=f"Cannot write {path}"):
+        with pytest.raises(UserError, match=f"Cannot write {path}: File too large"):
             save_checkpoint({"model": {"a": torch.zeros(1_000_000)}}, str(path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -355,14 +365,31 @@ def test_resume_takes_the_one_before_a_damaged_checkpoint(checkpoints, fault, ca
 def test_resume_without_any_whole_checkpoint_is_an_error(checkpoints):
     for path in checkpoints.glob("*.pth"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match=f"No checkpoint in {checkpoints} is whole"):
+    with pytest.raises(UserError, match=f"All checkpoints in {checkpoints} are damaged"):
         resume(checkpoints)
 
 
 def test_a_checkpoint_of_another_network_is_not_passed_over(checkpoints):
     reader = checkpointer(checkpoints, torch.nn.Linear(3, 3))
-    with pytest.raises(UserError, match="have another shape"):
+    with pytest.raises(UserError, match=r"weight has shape \[2, 2\], not \[3, 3\]"):
         reader.resume_or_load("", resume=True)
+
+
+def test_resume_with_other_classes_is_one_sentence_that_says_what_to_do(tmp_path):
+    """To start training they may differ. To resume, the state of the optimizer has to fit."""
+    built = {classes: build(FASTER, classes) for classes in (80, 3)}
+    writer, reader = (
+        GNWSCheckpointer(m, str(tmp_path), optimizer=torch.optim.SGD(m.parameters(), 0.1))
+        for m in built.values()
+    )
+    writer.save("model_final", iteration=3)
+    with pytest.raises(UserError) as e:
+        reader.resume_or_load("", resume=True)
+    message = str(e.value)
+    assert "with 80 classes, but the config builds" in message and "with 3 classes" in message
+    assert "start anew without --resume or in another OUTPUT_DIR" in message
+    reader.resume_or_load(str(tmp_path / "model_final.pth"), resume=False)
+    assert torch.equal(built[3].backbone.fpn_output3.weight, built[80].backbone.fpn_output3.weight)
 
 
 KILLED = """
@@ -386,6 +413,7 @@ def test_kill_while_writing_leaves_the_checkpoints_as_they_were(checkpoints, nam
     done = subprocess.run([sys.executable, "-c", KILLED, str(checkpoints), name])
     assert done.returncode == -signal.SIGKILL
     after = {p.name: p.read_bytes() for p in checkpoints.iterdir()}
-    assert set(after) - set(before) == {f"{name}.pth.part"}
+    (part,) = set(after) - set(before)
+    assert re.fullmatch(rf"{name}\.pth\.\w+\.part", part)
     assert {key: after[key] for key in before} == before
     assert resume(checkpoints) == 2

@@ -1,3 +1,6 @@
+import os
+import zlib
+
 import cv2
 import numpy as np
 import pycocotools.mask as mask_util
@@ -5,9 +8,11 @@ import pytest
 import torch
 from detectron2.data.datasets import load_coco_json
 from detectron2.structures import polygons_to_bitmask
+from PIL import Image
 
 from gnws_d2 import model_zoo
 from gnws_d2.data import OpenCVDatasetMapper, read_image
+from gnws_d2.data.dataset_mapper import BadImageError
 from gnws_d2.utils.errors import UserError
 
 
@@ -44,8 +49,6 @@ def test_longer_side_is_limited(records):
 
 
 def test_exif_orientation_is_applied_as_opencv_does(records, tmp_path):
-    from PIL import Image
-
     path = tmp_path / "rotated.jpg"
     exif = Image.Exif()
     exif[274] = 6  # rotate by 90 degrees
@@ -120,6 +123,20 @@ def test_instances_are_those_of_detectron2s_mapper(records, flip, rle, monkeypat
         assert torch.equal(actual.gt_masks.tensor, expected.gt_masks.tensor)
 
 
+@pytest.mark.parametrize("special", ["pipe", "device", "directory"])
+def test_only_regular_files_are_opened(tmp_path, special):
+    """Reading a pipe that nobody writes to, or /dev/zero, would never end."""
+    path = tmp_path / "special.jpg"
+    if special == "pipe":
+        os.mkfifo(path)
+    elif special == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(BadImageError, match=f"{path}: it is not a regular file"):
+        read_image(str(path), "BGR")
+
+
 @pytest.mark.parametrize("fault", ["missing", "empty", "truncated", "no image", "another size"])
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
 def test_faulty_image_is_an_error_that_names_it(records, tmp_path, fault, suffix):
@@ -147,3 +164,61 @@ def test_whole_image_with_trailing_bytes_is_read(records, tmp_path):
     with open(records[0]["file_name"], "rb") as f:
         path.write_bytes(f.read() + b"trailer")
     assert np.array_equal(read_image(str(path), "BGR"), cv2.imread(records[0]["file_name"]))
+
+
+def png(width, height, data):
+    """A file with a grey image of 1 bit a pixel."""
+
+    def chunk(name, content):
+        crc = zlib.crc32(name + content)
+        return len(content).to_bytes(4, "big") + name + content + crc.to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([1, 0, 0, 0, 0])
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
+
+
+def test_images_too_large_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    bomb = png(20_000, 20_000, zlib.compress(bytes(20_000 * 2501)))  # 50 kB, 1.2 GB of RGB
+    assert len(bomb) < 60_000
+    files = {"header.png": png(100_000, 100_000, b""), "bomb.png": bomb, "cut.png": bomb[:-9]}
+    monkeypatch.setattr(cv2, "imdecode", None)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name} is larger than the .*MAX_IMAGE_PIXELS") as e:
+            read_image(str(tmp_path / name), "BGR")
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("image_format", ["DDS", "TIFF", "AVIF", "BMP", "WEBP"])
+def test_damaged_image_of_any_format_is_an_error(tmp_path, image_format):
+    """Pillow raises NotImplementedError, RuntimeError and TypeError for some of these."""
+    path = tmp_path / "damaged"
+    Image.new("RGB", (30, 20)).save(path, image_format)
+    content = path.read_bytes()
+    refused = 0
+    for at in range(len(content) // 2 if len(content) < 1000 else 200):
+        path.write_bytes(content[:at] + b"\xff\xf1" + content[at + 2 :])
+        try:
+            read_image(str(path), "BGR")
+        except BadImageError:
+            refused += 1
+    assert refused
+
+
+def test_limit_of_image_size_can_be_raised(tmp_path, monkeypatch):
+    path = tmp_path / "large.png"
+    path.write_bytes(png(80, 80, zlib.compress(bytes(80 * 11))))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6399)
+    with pytest.raises(UserError, match="6399"):
+        read_image(str(path), "BGR")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6400)
+    assert read_image(str(path), "BGR").shape == (80, 80, 3)
+
+
+def test_channel_order_that_no_model_has_is_refused():
+    cfg = get_config()
+    cfg.INPUT.FORMAT = "L"
+    with pytest.raises(UserError, match=r"INPUT\.FORMAT"):
+        OpenCVDatasetMapper(cfg, True)

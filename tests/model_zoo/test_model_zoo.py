@@ -1,18 +1,16 @@
 import filecmp
 import hashlib
 import re
-from pathlib import Path
 
 import cv2
 import pytest
 import torch
-from conftest import mmdet_state
+from conftest import ROOT, mmdet_state
 from detectron2.engine import DefaultPredictor
 
 from gnws_d2 import model_zoo
 from gnws_d2.checkpoint import catalog
 
-ROOT = Path(__file__).parent.parent
 SCHEDULES = ("1x", "2x", "20_23_24e")
 
 
@@ -63,6 +61,7 @@ def test_default_predictor_runs_on_a_photograph(photographs):
     cfg = model_zoo.get_config("mask_rcnn_R50_gnws_2x")
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.WEIGHTS = ""
+    cfg.INPUT.MIN_SIZE_TEST = 320
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
     image = cv2.imread(str(photographs.images / "0.jpg"))
     instances = DefaultPredictor(cfg)(image)["instances"]
