@@ -1,3 +1,3 @@
-from .coco_evaluation import COCOEvaluator
+from .coco_evaluation import COCOEvaluator, evaluate_results, results_json
 
-__all__ = ["COCOEvaluator"]
+__all__ = ["COCOEvaluator", "evaluate_results", "results_json"]

@@ -1,11 +1,13 @@
-"""A GN+WS model as a plain GN one, of Detectron2's own modules."""
+"""Folding of weight standardization: a GN+WS model as a plain GN one."""
 
 import copy
+from itertools import chain
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from torch import nn
 
+from ..config import flatten_config
 from ..layers import fold_ws_conv
 
 # Our registered names, and Detectron2's for the same without weight standardization.
@@ -19,30 +21,18 @@ STOCK_NAMES = {
 
 def fold_model(model: nn.Module, cfg: CfgNode) -> tuple[nn.Module, CfgNode]:
     """
-    Put the standardized weights in place of the trained ones.
+    Return a model of Detectron2's own modules that has the standardized weights of a GN+WS model,
+    in evaluation mode, and its config for stock Detectron2.
 
     Args:
-        model: a GN+WS model, which stays as it is.
-        cfg: its config.
-
-    Returns:
-        A model of Detectron2's own modules, in evaluation mode, that gives the same predictions,
-        and its config, which stock Detectron2 reads without this project.
+        model, cfg: the GN+WS model, which is left unchanged, and its config.
     """
-    cfg = cfg.clone()
-    cfg.defrost()
-    _remove_own_keys(cfg, get_cfg())
-    for node in (cfg.MODEL.BACKBONE, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD):
+    stock = get_cfg()
+    known = flatten_config(stock)
+    own = flatten_config(cfg).items()
+    stock.merge_from_list(list(chain(*((key, repr(v)) for key, v in own if key in known))))
+    for node in (stock.MODEL.BACKBONE, stock.MODEL.ROI_BOX_HEAD, stock.MODEL.ROI_MASK_HEAD):
         node.NAME = STOCK_NAMES.get(node.NAME, node.NAME)
-    folded = build_model(cfg)
+    folded = build_model(stock)
     folded.load_state_dict(fold_ws_conv(copy.deepcopy(model)).state_dict())
-    return folded.eval(), cfg
-
-
-def _remove_own_keys(cfg: CfgNode, stock: CfgNode) -> None:
-    """Leave those that Detectron2 knows."""
-    for key, value in list(cfg.items()):
-        if key not in stock:
-            del cfg[key]
-        elif isinstance(value, CfgNode):
-            _remove_own_keys(value, stock[key])
+    return folded.eval(), stock

@@ -1,0 +1,111 @@
+"""Export a model and verify the result before writing it."""
+
+import logging
+import os
+import timeit
+import warnings
+from functools import partial
+from glob import escape, glob
+
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import Tensor
+
+from ..checkpoint import GNWSCheckpointer
+from ..data import OpenCVDatasetMapper
+from ..data.dataset_mapper import IMAGE_SUFFIXES
+from ..utils.errors import RunError, UserError
+from ..utils.files import atomic_write
+from .detections import Detector, compare_detections, detect
+from .fold import fold_model
+from .formats import to_folded, to_onnx, to_torchscript
+
+logger = logging.getLogger(__name__)
+
+
+def export_model(cfg: CfgNode, format: str, output_dir: str, images: str) -> int:
+    """
+    Write a model with folded weights to files that need nothing of this project, if it gives the
+    same detections as before (:func:`compare_detections`). Log sizes and speed, all on the CPU.
+
+    Args:
+        cfg: config of a GeneralizedRCNN, with its ``MODEL.WEIGHTS``.
+        format: "folded": ``config.yaml`` and ``model.pth``, for stock Detectron2. "torchscript":
+            ``model.ts``, or "onnx": ``model.onnx``, from an image to the tensors of :func:`detect`.
+        output_dir: directory of the files.
+        images: an image with objects that the model knows, or a directory, for its first five.
+
+    Returns:
+        The number of detections that were compared.
+
+    Raises:
+        UserError: if the model cannot be exported or finds nothing on `images`.
+        RunError: if the exported model gives other detections.
+    """
+    if format != "folded" and (cfg.TEST.AUG.ENABLED or cfg.MODEL.KEYPOINT_ON):
+        raise UserError(f"--format {format} needs TEST.AUG.ENABLED and MODEL.KEYPOINT_ON False.")
+    cfg = cfg.clone()
+    cfg.defrost()
+    device, cfg.MODEL.DEVICE = cfg.MODEL.DEVICE, "cpu"
+    model = build_model(cfg).eval()
+    mapper = OpenCVDatasetMapper(cfg, is_train=False)
+    paths = [images]
+    if os.path.isdir(images):
+        found = glob(os.path.join(escape(images), "*"))
+        paths = sorted(path for path in found if path.lower().endswith(IMAGE_SUFFIXES))[:5]
+    if not paths:
+        raise UserError(f"The directory --images {images} has no images.")
+    inputs = {path: mapper({"file_name": path})["image"] for path in paths}
+    image = inputs[paths[0]]
+    GNWSCheckpointer(model, strict=True).load(cfg.MODEL.WEIGHTS)
+    detector = partial(detect, model)
+    folded, stock = fold_model(model, cfg)
+    stock.MODEL.DEVICE = device
+    stock.MODEL.WEIGHTS = os.path.abspath(os.path.join(output_dir, "model.pth"))
+    try:
+        with warnings.catch_warnings():
+            # Deprecations, and what tracing may get wrong, which is verified.
+            warnings.simplefilter("ignore")
+            if format == "folded":
+                files, exported = to_folded(folded, stock)
+            elif format == "torchscript":
+                files, exported = to_torchscript(folded)
+            else:  # traced with another image size than it is verified with
+                files, exported = to_onnx(folded, image[:, ::2, ::2].contiguous())
+        matched = _verify(detector, exported, inputs, cfg)
+        os.makedirs(output_dir, exist_ok=True)
+    except UserError:
+        raise
+    except ImportError as e:
+        raise UserError(f"--format {format} needs {e.name}: pip install onnx onnxruntime") from e
+    except Exception as e:  # exporters and runtimes raise almost anything
+        raise UserError(f"The export to {format} failed: {' '.join(str(e).split())[:500]}") from e
+    for name, data in files.items():
+        with atomic_write(os.path.join(output_dir, name), "wb") as f:
+            f.write(data)
+    before, after = (min(timeit.repeat(partial(f, image), number=1)) for f in (detector, exported))
+    size = sum(map(len, files.values())) / 1e6
+    logger.info(f"{format}: {size:.1f} MB, {after:.3g} s/im on the CPU (before: {before:.3g} s/im)")
+    logger.info(f"The model and the exported one give the same {matched} detections.")
+    return matched
+
+
+def _verify(model: Detector, exported: Detector, inputs: dict[str, Tensor], cfg: CfgNode) -> int:
+    num_matched, threshold = 0, cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST
+    for path, image in inputs.items():
+        expected = model(image)
+        is_full = len(expected["scores"]) == cfg.TEST.DETECTIONS_PER_IMAGE
+        cut = max(threshold, expected["scores"].min().item()) if is_full else threshold
+        matched, unmatched = compare_detections(expected, exported(image), cut)
+        if unmatched:
+            raise RunError(
+                f"Nothing was written: on {path} the exported model has {matched} of the model's "
+                f"detections, and {unmatched} differ."
+            )
+        num_matched += matched
+    if not num_matched:
+        raise UserError(
+            f"The model finds nothing on {', '.join(inputs)} to verify the export with: give other "
+            f"--images or lower MODEL.ROI_HEADS.SCORE_THRESH_TEST ({threshold})."
+        )
+    return num_matched

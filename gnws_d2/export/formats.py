@@ -1,0 +1,93 @@
+"""The file formats: folded for Detectron2, TorchScript by scripting, ONNX by tracing."""
+
+import io
+from functools import partial
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.export import TracingAdapter, scripting_with_instances
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead
+from detectron2.structures import Boxes
+from torch import Tensor, nn
+
+from .detections import Detector, detect
+
+# All fields of `Instances` inside the model.
+_FIELDS = dict.fromkeys(("proposal_boxes", "pred_boxes"), Boxes) | dict.fromkeys(
+    ("objectness_logits", "scores", "pred_classes", "pred_masks"), Tensor
+)
+
+
+def to_folded(model: GeneralizedRCNN, cfg: CfgNode) -> tuple[dict[str, bytes], Detector]:
+    """Export a folded model for Detectron2, with its config. Return the files and their model."""
+    f = io.BytesIO()
+    torch.save({"model": model.state_dict(), "weight_standardization": False}, f)
+    files = {"model.pth": f.getvalue(), "config.yaml": cfg.dump().encode()}
+    return files, partial(detect, model)
+
+
+class _ScriptAdapter(nn.Module):
+    """Return a dict of tensors: Detectron2's classes exist only inside the file."""
+
+    def __init__(self, model: GeneralizedRCNN):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        instances = self.model.inference([{"image": image}], do_postprocess=False)
+        return instances[0].get_fields()
+
+
+def to_torchscript(model: GeneralizedRCNN) -> tuple[dict[str, bytes], Detector]:
+    """Export a folded model, whose parameters stop requiring gradients, to TorchScript."""
+    adapter = _ScriptAdapter(model.requires_grad_(False)).eval()
+    f = io.BytesIO()
+    torch.jit.save(scripting_with_instances(adapter, _FIELDS), f)
+    f.seek(0)
+    return {"model.ts": f.getvalue()}, torch.jit.load(f)
+
+
+class _NeverEmptyMaskHead(MaskRCNNConvUpsampleHead):
+    """Mask head with an extra region, because ONNX Runtime cannot normalize an empty batch."""
+
+    def layers(self, x: Tensor) -> Tensor:
+        return super().layers(torch.cat([x, x.new_zeros(1, *x.shape[1:])]))[:-1]
+
+
+def to_onnx(model: GeneralizedRCNN, image: Tensor) -> tuple[dict[str, bytes], Detector]:
+    """Export a folded model, which is of no other use afterwards, to ONNX by tracing `image`."""
+    import onnx  # optional requirements
+    import onnxruntime
+
+    for m in model.modules():
+        if type(m) is MaskRCNNConvUpsampleHead:
+            m.__class__ = _NeverEmptyMaskHead
+    example = detect(model, image)
+    names = sorted(example)  # the order of the adapter
+    f: Any = io.BytesIO()  # which the annotation of torch.onnx.export lacks
+    torch.onnx.export(
+        TracingAdapter(model, image, detect),
+        (image,),
+        f,
+        input_names=["image"],
+        output_names=names,
+        dynamic_axes={"image": {1: "height", 2: "width"}, **{n: {0: "detections"} for n in names}},
+        opset_version=17,
+        dynamo=False,  # the new exporter rejects control flow that depends on values
+    )
+    proto = onnx.load_from_string(f.getvalue())
+    for output in proto.graph.output:
+        # The exporter loses the fixed sizes.
+        sizes = example[output.name].shape[1:]
+        for dim, size in zip(output.type.tensor_type.shape.dim[1:], sizes, strict=True):
+            dim.dim_value = size
+    data = proto.SerializeToString()
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+
+    def run(image: Tensor) -> dict[str, Tensor]:
+        outputs = session.run(names, {"image": image.numpy()})
+        return {name: torch.from_numpy(output) for name, output in zip(names, outputs)}
+
+    return {"model.onnx": data}, run

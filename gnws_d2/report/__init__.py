@@ -1,0 +1,3 @@
+from .report import make_report
+
+__all__ = ["make_report"]

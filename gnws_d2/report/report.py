@@ -1,0 +1,197 @@
+"""Write the HTML page of a run."""
+
+import base64
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jinja2
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tabulate import tabulate
+
+from .. import model_zoo
+from ..data import check_datasets, read_image, register_coco_datasets
+from ..evaluation import evaluate_results, results_json
+from ..utils.errors import UserError
+from ..utils.files import atomic_write
+from .analysis import METRICS, Mistakes, analyze, count_mistakes
+from .charts import line_chart
+from .run_dir import Run, read_run
+from .visualizer import draw_objects
+
+_TASKS = {"bbox": "box", "segm": "mask"}
+_PUBLISHED_ON = "coco_2017_val"
+_NUM_PICTURES = 5
+_THRESHOLD = 0.5  # the lowest score of a detection that is drawn and counted
+_FOUND, _MISTAKE = "#3b9dff", "#ff8a1f"  # distinct for the color-blind
+
+
+def make_report(run_dir: str, datasets: list[list[str]]) -> None:
+    """
+    Write ``report.html`` into the directory of a run, and print AP.
+
+    Args:
+        run_dir: see :func:`read_run`.
+        datasets: see :func:`register_coco_datasets`; those that the run was tested on.
+
+    Raises:
+        UserError: if the run or a dataset does not exist, cannot be read or does not fit.
+    """
+    register_coco_datasets(datasets)
+    run = read_run(run_dir)
+    names = [n for n in run.cfg.DATASETS.TEST if os.path.isfile(results_json(run_dir, run.cfg, n))]
+    if names:
+        check_datasets(run.cfg, ("TEST",))
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+        evaluations = [_evaluate(run, name) for name in names]
+    source = (Path(__file__).parent / "report.html").read_text("utf-8")
+    page = jinja2.Template(source, autoescape=True, trim_blocks=True).render(
+        title=os.path.basename(os.path.abspath(run_dir)),
+        facts=_facts(run),
+        run=run,
+        charts=_training_charts(run),
+        evaluations=evaluations,
+        metrics=METRICS,
+        threshold=_THRESHOLD,
+        percent=_format,
+    )
+    output = os.path.join(run_dir, "report.html")
+    with atomic_write(output, "wb") as f:
+        f.write(page.encode())
+    for evaluation in evaluations:
+        rows = [[name, *map(_format, ap.values())] for name, ap in evaluation["ap"].items()]
+        head = [f"{run_dir} on {evaluation['name']} (%)", *METRICS]
+        print(tabulate(rows, head, "github", disable_numparse=True) + "\n")
+    if not evaluations:
+        print(f"{run_dir} has no predictions on {_join(run.cfg.DATASETS.TEST)} yet.\n")
+    print(output)
+
+
+def _evaluate(run: Run, dataset_name: str) -> dict[str, Any]:
+    """Evaluate the last predictions on a dataset: the variables of its part of the page."""
+    path = results_json(run.path, run.cfg, dataset_name)
+    try:
+        with open(path) as f:
+            results = json.load(f)
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON ({e}): evaluate again.") from e
+    DatasetCatalog.get(dataset_name)  # generates the built-in data
+    truth = COCO(MetadataCatalog.get(dataset_name).json_file)
+    analyses, precision = {}, {}
+    for task in _TASKS if run.cfg.MODEL.MASK_ON else ("bbox",):
+        name = _TASKS[task]
+        logging.getLogger(__name__).info(f"Computing {name} AP on {dataset_name} ...")
+        try:
+            evaluation = evaluate_results(truth, results, task)
+            analyses[name] = analyze(evaluation, results)
+        except (AssertionError, KeyError, IndexError, TypeError, ValueError) as e:
+            raise UserError(
+                f"{path} does not fit the dataset {dataset_name}: was another one evaluated?"
+            ) from e
+        curves = {
+            f"IoU {iou / 100:.2f}": (np.linspace(0, 1, 101), analyses[name].precision[i])
+            for i, iou in ((0, 50), (5, 75), (8, 90))
+        }
+        precision[f"Precision and recall, {name}"] = line_chart(curves, "recall", "precision", 1.02)
+        if task == "bbox":
+            boxes, mistakes = evaluation, count_mistakes(evaluation, _THRESHOLD)
+    weights = "" if run.num_iterations or dataset_name != _PUBLISHED_ON else run.cfg.MODEL.WEIGHTS
+    row = next((row for row in model_zoo.table() if weights == f"gnws://{row['name']}"), {})
+    worst = sorted(mistakes, key=lambda image_id: -sum(map(len, mistakes[image_id])))
+    errors = {name: a.errors for name, a in analyses.items() if a.errors}
+    return {
+        "name": dataset_name,
+        "num_images": len(truth.imgs),
+        "ap": {name: a.ap for name, a in analyses.items()},
+        "class_ap": {name: a.class_ap for name, a in analyses.items()},
+        "errors": errors,
+        "largest_error": max((max(e.values()) for e in errors.values()), default=0),
+        "published": {name: row[f"{name}_ap"] for name in analyses if row},
+        "precision": precision,
+        "pictures": [
+            _pictures(boxes, dataset_name, image_id, mistakes[image_id], masks="mask" in analyses)
+            for image_id in worst[:_NUM_PICTURES]
+            if any(mistakes[image_id])
+        ],
+    }
+
+
+def _facts(run: Run) -> dict[str, str]:
+    cfg, solver = run.cfg, run.cfg.SOLVER
+    facts = {
+        "Weights": cfg.MODEL.WEIGHTS or "none: trained from scratch",
+        "Trained on": _join(cfg.DATASETS.TRAIN),
+        "Tested on": _join(cfg.DATASETS.TEST),
+    }
+    if run.num_iterations:
+        facts |= {
+            "Iterations": f"{run.num_iterations:,} of {solver.MAX_ITER:,}",
+            "Batch": f"{solver.IMS_PER_BATCH} images",
+            "Learning rate": f"{solver.BASE_LR:g}, {solver.LR_SCHEDULER_NAME}",
+        }
+    times = [line["time"] for line in run.metrics if "time" in line]
+    if times:
+        facts["Speed"] = f"{np.median(times):.3g} s per iteration"
+    return facts | run.facts | {"Directory": os.path.abspath(run.path)}
+
+
+def _training_charts(run: Run) -> dict[str, str]:
+    curves = {}
+    for key in sorted({key for line in run.metrics for key in line}):
+        lines = [line for line in run.metrics if key in line]
+        if len(lines) > 1:  # one point is no curve
+            curves[key] = [line["iteration"] for line in lines], [line[key] for line in lines]
+    charts = {}
+    for title, pattern, y_label in (
+        ("Loss", "loss", "loss"),
+        ("Learning rate", "^lr$", "learning rate"),
+        ("AP over time", "/AP$", "AP (%)"),
+    ):
+        if of_chart := {key: curves[key] for key in curves if re.search(pattern, key)}:
+            charts[title] = line_chart(of_chart, "iteration", y_label)
+    return charts
+
+
+def _pictures(
+    evaluation: COCOeval, dataset: str, image_id: int, mistakes: Mistakes, masks: bool
+) -> dict[str, str]:
+    """Draw the ground truth and the detections of an image."""
+    missed, false = mistakes
+    coco, found = evaluation.cocoGt, evaluation.cocoDt.imgToAnns[image_id]
+    file_name = coco.imgs[image_id]["file_name"]
+    root = MetadataCatalog.get(dataset).image_root
+    image = read_image(os.path.join(root, file_name), "RGB")
+
+    def draw(objects: list[dict[str, Any]], wrong: set[int]) -> str:
+        names = [coco.cats[o["category_id"]]["name"] for o in objects]
+        labels = [f"{n} {o['score']:.0%}" if "score" in o else n for n, o in zip(names, objects)]
+        colors = [_MISTAKE if o["id"] in wrong else _FOUND for o in objects]
+        picture = draw_objects(image, objects, labels, colors, masks)
+        _, jpeg = cv2.imencode(".jpg", picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
+        return f"data:image/jpeg;base64,{base64.b64encode(jpeg.tobytes()).decode()}"
+
+    truth = [a for a in coco.imgToAnns[image_id] if not a.get("iscrowd")]
+    return {
+        "truth": draw(truth, missed),
+        "found": draw([d for d in found if d["score"] >= _THRESHOLD], false),
+        "caption": f"{file_name} (image {image_id}): {len(missed)} of {len(truth)} missed, "
+        f"{len(false)} false",
+    }
+
+
+def _format(ap: float) -> str:
+    return f"{ap:.1f}" if math.isfinite(ap) else "\N{EN DASH}"
+
+
+def _join(names: tuple[str, ...]) -> str:
+    return ", ".join(names) or "no dataset"

@@ -1,0 +1,306 @@
+"""Exported models give the same detections in programs that cannot import this project."""
+
+import logging
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import mmdet_state
+from detectron2.modeling import build_model
+from detectron2.utils.logger import setup_logger
+from torchvision.ops import box_iou
+
+from gnws_d2 import Predictor, model_zoo
+from gnws_d2.data import OpenCVDatasetMapper
+from gnws_d2.export import export, export_model
+from gnws_d2.utils.errors import RunError, UserError
+
+TOOL = str(Path(__file__).parent.parent.parent / "tools" / "export_model.py")
+NETWORKS = {
+    name: "ci" if name in ("faster_rcnn_X50_32x4d_gnws_1x", "mask_rcnn_R50_gnws_2x") else "slow"
+    for name in model_zoo.names()[:8]
+}
+
+FORMATS = {
+    "folded": ["config.yaml", "model.pth"],
+    "torchscript": ["model.ts"],
+    "onnx": ["model.onnx"],
+}
+# Programs that use a file: from images to detections.
+USERS = {
+    "folded": """
+import torch
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+cfg = get_cfg()
+cfg.merge_from_file("config.yaml")
+cfg.MODEL.DEVICE = "cpu"
+model = DefaultPredictor(cfg).model
+def detect(image):
+    with torch.no_grad():
+        fields = model.inference([{"image": torch.from_numpy(image)}], do_postprocess=False)[0]
+    fields = fields.get_fields()
+    return {k: v.tensor if k == "pred_boxes" else v for k, v in fields.items()}
+""",
+    "torchscript": """
+sys.modules["detectron2"] = None
+import torch, torchvision
+model = torch.jit.load("model.ts")
+def detect(image):
+    return model(torch.from_numpy(image))
+""",
+    "onnx": """
+sys.modules["detectron2"] = sys.modules["torch"] = None
+import onnxruntime
+session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+names = [output.name for output in session.get_outputs()]
+def detect(image):
+    return dict(zip(names, session.run(names, {"image": image})))
+""",
+}
+
+
+def run_user(format, directory, images):
+    """Return the detections on `images` in a process that cannot import this project."""
+    np.savez(directory / "images.npz", *images)
+    code = f"""
+import sys
+sys.modules["gnws_d2"] = None
+import numpy as np
+{USERS[format]}
+found = {{}}
+for name, image in np.load("images.npz").items():
+    found |= {{f"{{name}} {{k}}": np.asarray(v) for k, v in detect(image).items()}}
+np.savez("found.npz", **found)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=directory, check=True)
+    found = [{} for _ in images]
+    for key, value in np.load(directory / "found.npz").items():
+        image, name = key.split()
+        found[int(image.removeprefix("arr_"))][name] = torch.from_numpy(value)
+    return found
+
+
+def assert_same(actual, expected):
+    assert len(actual["scores"]) == len(expected)
+    assert actual["pred_boxes"].shape == (len(expected), 4)
+    assert ("pred_masks" in actual) == expected.has("pred_masks")
+    if expected.has("pred_masks"):
+        assert actual["pred_masks"].shape == (len(expected), 1, 28, 28)
+    if not len(expected):
+        return
+    iou = box_iou(expected.pred_boxes.tensor, actual["pred_boxes"])
+    iou *= expected.pred_classes[:, None] == actual["pred_classes"][None]
+    best, partner = iou.max(dim=1)
+    assert best.min() > 0.99
+    assert len(set(partner.tolist())) == len(expected)
+    assert (actual["scores"][partner] - expected.scores).abs().max() < 1e-3
+    if expected.has("pred_masks"):
+        difference = actual["pred_masks"][partner] - expected.pred_masks
+        assert difference.abs().max() < 1e-2
+
+
+def eager(cfg, images):
+    """Return the detections of the reference implementation (MODEL.GNWS.KERNELS reference)."""
+    cfg = cfg.clone()
+    cfg.MODEL.DEVICE, cfg.MODEL.GNWS.KERNELS = "cpu", "reference"
+    model = Predictor(cfg).model
+    with torch.no_grad():
+        return [
+            model.inference([{"image": torch.from_numpy(image)}], do_postprocess=False)[0]
+            for image in images
+        ]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Config of a small Mask R-CNN with seeded weights that detects something."""
+    path = tmp_path_factory.mktemp("small") / "model.pth"
+    cfg = model_zoo.get_config("quick_start")
+    cfg.MODEL.WEIGHTS = str(path)
+    generator = torch.Generator().manual_seed(0)
+    state = build_model(cfg).state_dict()
+    for key, value in state.items():
+        random = torch.randn(value.shape, generator=generator)
+        if value.dim() > 1:
+            scale = 3 if "cls_score" in key else 0.1 if "delta" in key or "bbox" in key else 1
+            state[key] = random * scale * (2 / value[0].numel()) ** 0.5
+        elif key.endswith("norm.weight"):
+            state[key] = (0.2 if "conv3" in key else 1) * (1 + 0.1 * random)
+        else:
+            state[key] = 0.1 * random
+    torch.save({"model": state}, path)
+    return cfg
+
+
+def read(cfg, *paths):
+    mapper = OpenCVDatasetMapper(cfg, is_train=False)
+    return [mapper({"file_name": str(path)})["image"].numpy() for path in paths]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_finds_the_same_in_images_of_any_size_and_nothing_in_others(
+    format, small, photographs, tmp_path
+):
+    none, image = read(small, *(photographs.images / f"{i}.jpg" for i in (0, 2)))
+    wide, tall, tiny = image[:, 5:60, :], image[:, :, 10:50], image[:, :33, :40]
+    images = [np.ascontiguousarray(i) for i in (none, image, wide, tall, tiny)]
+    cfg = small.clone()
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = eager(cfg, [none])[0].scores.max().item() + 2e-3
+    expected = eager(cfg, images)
+    assert [len(found) > 0 for found in expected] == [False, True, True, True, True]
+
+    matched = export_model(cfg, format, str(tmp_path), str(photographs.images / "2.jpg"))
+    assert matched == len(expected[1])
+    assert sorted(os.listdir(tmp_path)) == FORMATS[format]
+    for actual, instances in zip(run_user(format, tmp_path, images), expected):
+        assert_same(actual, instances)
+
+
+def test_onnx_file_says_what_goes_in_and_out(small, photographs, tmp_path):
+    export_model(small, "onnx", str(tmp_path), str(photographs.images / "2.jpg"))
+    model = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert [opset.version for opset in model.opset_import if not opset.domain] == [17]
+
+    def describe(values):
+        return {
+            value.name: (
+                onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
+                *(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim),
+            )
+            for value in values
+        }
+
+    assert describe(model.graph.input) == {"image": ("uint8", 3, "height", "width")}
+    assert describe(model.graph.output) == {
+        "pred_boxes": ("float32", "detections", 4),
+        "scores": ("float32", "detections"),
+        "pred_classes": ("int64", "detections"),
+        "pred_masks": ("float32", "detections", 1, 28, 28),
+    }
+
+
+def test_export_that_differs_is_an_error_and_leaves_the_old_files(
+    small, photographs, tmp_path, monkeypatch
+):
+    def export_wrong(model):
+        with torch.no_grad():
+            model.roi_heads.box_predictor.bbox_pred.bias += 1
+        return to_torchscript(model)
+
+    to_torchscript = export.to_torchscript
+    monkeypatch.setattr(export, "to_torchscript", export_wrong)
+    (tmp_path / "model.ts").write_text("old")
+    with pytest.raises(RunError, match=r"Nothing was written: on .*0\.jpg the exported") as e:
+        export_model(small, "torchscript", str(tmp_path), str(photographs.images / "0.jpg"))
+    assert e.value.exit_status == 1
+    assert os.listdir(tmp_path) == ["model.ts"]
+    assert (tmp_path / "model.ts").read_text() == "old"
+
+
+def test_export_without_detections_to_verify_is_an_error(small, photographs, tmp_path):
+    cfg = small.clone()
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 1.0
+    with pytest.raises(UserError, match=r"finds nothing on .*0\.jpg"):
+        export_model(cfg, "folded", str(tmp_path), str(photographs.images / "0.jpg"))
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("format", ["torchscript", "onnx"])
+@pytest.mark.parametrize("key", ["TEST.AUG.ENABLED", "MODEL.KEYPOINT_ON"])
+def test_unsupported_config_is_refused(format, key, small, tmp_path):
+    cfg = small.clone()
+    cfg.merge_from_list([key, True])
+    with pytest.raises(UserError, match=rf"^--format {format} needs .*{key} .*False"):
+        export_model(cfg, format, str(tmp_path / "out"), "0.jpg")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_pytorch_cannot_export_is_one_sentence(small, photographs, tmp_path):
+    cfg = small.clone()
+    cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False, True, True, True]
+    retinanet = small.clone()
+    retinanet.MODEL.META_ARCHITECTURE = "RetinaNet"
+    retinanet.MODEL.RETINANET.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    for other, format in ((cfg, "onnx"), (retinanet, "folded")):
+        other.MODEL.WEIGHTS = str(tmp_path / "model.pth")
+        torch.save({"model": build_model(other).state_dict()}, other.MODEL.WEIGHTS)
+        other.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+        with pytest.raises(UserError, match=f"^The export to {format} failed: ") as e:
+            export_model(other, format, str(tmp_path / "out"), str(photographs.images / "0.jpg"))
+        assert "\n" not in str(e.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_plain_group_norm_model_is_exported_too(small, photographs, tmp_path):
+    cfg = small.clone()
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    image = photographs.images / "2.jpg"
+    assert export_model(cfg, "torchscript", str(tmp_path), str(image)) > 0
+    (actual,) = run_user("torchscript", tmp_path, read(cfg, image))
+    assert_same(actual, eager(cfg, read(cfg, image))[0])
+
+
+def test_missing_packages_are_named(small, photographs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"needs onnxruntime: pip install onnx onnxruntime$"):
+        export_model(small, "onnx", str(tmp_path), str(photographs.images / "0.jpg"))
+
+
+def test_tool_prints_size_and_speed(small, photographs, tmp_path, monkeypatch, capsys):
+    setup_logger.cache_clear()  # log to this test's stdout
+    monkeypatch.setattr(logging.getLogger("gnws_d2"), "handlers", [])
+
+    def run(images, output):
+        argv = [
+            TOOL, "--config-file", model_zoo.get_config_file("quick_start"), "--format", "folded",
+            "--images", str(images), "--output", str(output), "MODEL.WEIGHTS", small.MODEL.WEIGHTS,
+        ]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", argv)
+        runpy.run_path(TOOL, run_name="__main__")
+
+    run(photographs.images, tmp_path / "out")
+    out = capsys.readouterr().out
+    size = sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) / 1e6
+    assert f"folded: {size:.1f} MB" in out and out.count("s/im") == 2
+
+    (tmp_path / "empty").mkdir()
+    for images, output, message in (
+        (tmp_path / "no.jpg", tmp_path, f"Cannot read the image {tmp_path}/no.jpg"),
+        (tmp_path / "empty", tmp_path, f"The directory --images {tmp_path}/empty has no images"),
+        (photographs.images / "0.jpg", TOOL, f"File exists: '{TOOL}'"),
+    ):
+        with pytest.raises(SystemExit) as e:
+            run(images, output)
+        assert e.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=getattr(pytest.mark, mark)) for name, mark in NETWORKS.items()],
+)
+def test_every_network_in_every_format(name, photographs, tmp_path):
+    torch.save({"meta": {}, "state_dict": mmdet_state(name)}, tmp_path / "published.pth")
+    cfg = model_zoo.get_config(name)
+    cfg.MODEL.WEIGHTS = str(tmp_path / "published.pth")
+    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 100
+    cfg.INPUT.MIN_SIZE_TEST = 120
+    images = read(cfg, photographs.images / "7.jpg")
+    (expected,) = eager(cfg, images)
+    assert len(expected) > 20
+    cfg.INPUT.MIN_SIZE_TEST = 200
+    for format in FORMATS:
+        out = tmp_path / format
+        export_model(cfg, format, str(out), str(photographs.images / "0.jpg"))
+        (actual,) = run_user(format, out, images)
+        assert_same(actual, expected)

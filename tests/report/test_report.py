@@ -1,0 +1,355 @@
+"""The page of a run, from files as Detectron2 writes them, on a few of the built-in shapes."""
+
+import html
+import importlib
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from pycocotools.coco import COCO
+from test_run_dir import START
+
+from gnws_d2 import model_zoo
+from gnws_d2.config import load_config
+from gnws_d2.data import register_coco_datasets
+from gnws_d2.data.shapes import generate_shapes
+from gnws_d2.evaluation.coco_evaluation import evaluate_results
+from gnws_d2.report import make_report
+from gnws_d2.report.analysis import analyze, count_mistakes
+from gnws_d2.utils.errors import UserError
+
+NONE = "\N{EN DASH}"
+PUBLISHED_WEIGHTS = ["MODEL.WEIGHTS", "gnws://mask_rcnn_R101_gnws_2x"]
+
+
+def metrics(first, last, ap=None):
+    lines = [
+        {
+            "iteration": i,
+            "lr": 0.02,
+            "total_loss": 2 / (i + 1),
+            "loss_cls": 1 / (i + 1),
+            "time": 0.5,
+        }
+        for i in range(first, last, 20)
+    ]
+    return lines + ([{"iteration": last, "bbox/AP": ap, "segm/AP": ap - 1}] if ap else [])
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """30 images; one class has a hostile name and another no objects."""
+    root = tmp_path_factory.mktemp("report") / "shapes"
+    generate_shapes(str(root), 30, seed=5)
+    path = root / "annotations.json"
+    coco = json.loads(path.read_text())
+    coco["categories"][1]["name"] = "<script>alert(1)</script>"
+    coco["annotations"] = [a for a in coco["annotations"] if a["category_id"] != 3]
+    path.write_text(json.dumps(coco))
+    return ["report_shapes", str(path), str(root / "images")]
+
+
+def predict(shapes):
+    """The ground truth, moved a little; some of it is missing, of another class or found twice."""
+    coco, rng = COCO(shapes[1]), np.random.RandomState(0)
+    results = []
+    for a in coco.anns.values():
+        for _ in range(rng.choice([0, 1, 2], p=[0.2, 0.7, 0.1])):
+            rle = coco.annToRLE(a)
+            results.append(
+                {
+                    "image_id": a["image_id"],
+                    "category_id": a["category_id"] if rng.rand() < 0.8 else 3,
+                    "bbox": (np.array(a["bbox"]) * rng.uniform(0.9, 1.1, 4)).tolist(),
+                    "score": rng.rand() * 0.6 + 0.4,
+                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+                }
+            )
+    return results
+
+
+def write_run(path, shapes, *opts, results=None, lines=None, starts=None):
+    path.mkdir(parents=True)
+    keys = ["DATASETS.TEST", str((shapes[0],)), "SOLVER.MAX_ITER", "60", *opts]
+    cfg = load_config(str(ROOT / "configs" / "quick_start.yaml"), keys)
+    (path / "config.yaml").write_text(cfg.dump())
+    if lines is not None:
+        (path / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if starts is not None:
+        (path / "run.json").write_text(json.dumps(starts))
+    if results is not None:
+        file = path / "inference" / (shapes[0] if len(cfg.DATASETS.TEST) > 1 else "")
+        file.mkdir(parents=True, exist_ok=True)
+        (file / "coco_instances_results.json").write_text(json.dumps(results))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(shapes, tmp_path_factory):
+    lines = metrics(19, 40, ap=40.0) + metrics(59, 60, ap=50.0)
+    return write_run(
+        tmp_path_factory.mktemp("run") / "output",
+        shapes,
+        results=predict(shapes),
+        lines=lines,
+        starts=[START],
+    )
+
+
+def report(run, shapes):
+    make_report(run, [shapes])
+    return (Path(run) / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def page(run, shapes):
+    return report(run, shapes)
+
+
+def rows(page, first):
+    """The cells of the rows of all tables that start with `first`."""
+    pattern = rf'<tr><th scope="row">{re.escape(html.escape(first))}</th>(.*?)</tr>'
+    found = re.findall(pattern, page, re.DOTALL)
+    return [re.findall(r"([^<>]*)(?:</div>)?</td>", row) for row in found]
+
+
+def test_page_has_the_ap_of_the_official_api(page, shapes):
+    coco, results = COCO(shapes[1]), predict(shapes)
+    for task, name in (("bbox", "box"), ("segm", "mask")):
+        stats = evaluate_results(coco, results, task).stats[:6]
+        assert rows(page, name) == [[f"{100 * ap:.1f}" if ap >= 0 else NONE for ap in stats]]
+        assert 20 < 100 * stats[0] < 90
+    (circle,) = rows(page, "circle")
+    assert len(circle) == 2 and all(float(ap) > 20 for ap in circle)
+    assert rows(page, "triangle") == [[NONE, NONE]]
+
+
+def test_page_is_one_file_whose_values_are_escaped(page):
+    sources = re.findall(r'(?:src|srcset|href)="([^"]*)"', page)
+    assert len(sources) > 10 and all(source.startswith(("data:", "#")) for source in sources)
+    page = re.sub(r'xmlns(:xlink)?="[^"]*"', "", page)  # names, which no browser opens
+    assert "http://" not in page and "https://" not in page and "@import" not in page
+    assert "<script" not in page and html.escape("<script>alert(1)</script>") in page
+
+
+def test_page_tells_what_ran(page):
+    for text in (
+        "Mask R-CNN, R-50, GN+WS", "shapes_train", "report_shapes", "60 of 60",
+        "2026-12-31 23:59:00", "0:02:28", "stopped", "train_net.py --config-file a.yaml",
+        "2 x NVIDIA H200, AMD EPYC, 16 threads", "python 3.11.7, torch 2.15.0",
+        "0.5 s per iteration", "STEM_OUT_CHANNELS: 32",
+    ):  # fmt: skip
+        assert text in page, text
+
+
+def test_page_has_tides_errors(page, shapes):
+    coco, results = COCO(shapes[1]), predict(shapes)
+    errors = [
+        analyze(evaluate_results(coco, results, task), results).errors for task in ("bbox", "segm")
+    ]
+    assert errors[0]["class"] > 1
+    for name in errors[0]:
+        assert rows(page, name) == [[f"{of_task[name]:.1f}" for of_task in errors]]
+
+
+def test_pictures_are_of_the_images_with_most_mistakes(page, shapes):
+    coco = COCO(shapes[1])
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    mistakes = count_mistakes(evaluate_results(coco, predict(shapes), "bbox"), 0.5)
+    expected = sorted((sum(map(len, m)) for m in mistakes.values()), reverse=True)
+    shown = []
+    for caption in captions:
+        pattern = r"image (\d+)\): (\d+) of (\d+) missed, (\d+) false$"
+        image_id, missed, objects, false = map(int, re.search(pattern, caption).groups())
+        assert objects == len(coco.imgToAnns[image_id])
+        assert (missed, false) == tuple(map(len, mistakes[image_id]))
+        shown.append(missed + false)
+    assert shown == expected[:5] and expected[5] > 0
+
+
+def test_perfect_predictions_have_no_pictures_of_mistakes(shapes, tmp_path):
+    results = []
+    for a in (coco := COCO(shapes[1])).anns.values():
+        rle = coco.annToRLE(a) | {"counts": coco.annToRLE(a)["counts"].decode()}
+        keys = {key: a[key] for key in ("image_id", "category_id", "bbox")}
+        results.append({**keys, "score": 0.9, "segmentation": rle})
+    page = report(write_run(tmp_path / "o", shapes, results=results), shapes)
+    assert rows(page, "box")[0][0] == "100.0" and rows(page, "missed") == [["0.0", "0.0"]]
+    assert "<figcaption>" not in page and "Nothing was found" not in page
+
+
+def test_faster_rcnn_has_no_mask_ap(shapes, tmp_path):
+    results = [{k: v for k, v in r.items() if k != "segmentation"} for r in predict(shapes)]
+    run = write_run(tmp_path / "o", shapes, "MODEL.MASK_ON", "False", results=results)
+    page = report(run, shapes)
+    assert "Faster R-CNN" in page and rows(page, "box") and not rows(page, "mask")
+    assert "nothing was trained here" in page  # but evaluated
+
+
+def test_training_without_an_evaluation_has_its_curves(shapes, tmp_path, capsys):
+    run = write_run(tmp_path / "o", shapes, lines=metrics(19, 40))
+    with open(Path(run) / "metrics.json", "a") as f:
+        f.write('{"iteration": 59, "lr')  # killed while it wrote
+    page = report(run, shapes)
+    assert 'aria-label="Loss"' in page and "AP over time" not in page and "40 of 60" in page
+    assert "There are no predictions of this run on report_shapes yet." in page
+    assert "no predictions on report_shapes yet" in capsys.readouterr().out
+
+
+def test_several_datasets_have_a_section_each(shapes, tmp_path):
+    other = ["report_shapes_2", *shapes[1:]]
+    register_coco_datasets([shapes, other])
+    names = ["DATASETS.TEST", f"('{shapes[0]}', '{other[0]}')"]
+    lines = [{"iteration": i, f"{shapes[0]}/bbox/AP": float(i)} for i in (1, 2)]
+    run = write_run(tmp_path / "o", shapes, *names, results=predict(shapes), lines=lines)
+    page = report(run, shapes)
+    assert "Evaluation on report_shapes<" in page and "Evaluation on report_shapes_2" not in page
+    other_results = Path(run) / "inference" / other[0] / "coco_instances_results.json"
+    other_results.parent.mkdir()
+    other_results.write_text("[]")
+    page = report(run, shapes)
+    assert len(rows(page, "box")) == 2 and 'aria-label="AP over time"' in page
+    assert rows(page, "box")[1][:3] == ["0.0", "0.0", "0.0"]
+    assert "Nothing was found" in page
+
+
+def test_published_ap_is_named_as_mmdetections(shapes, tmp_path, monkeypatch):
+    """On COCO val2017, which the shapes stand for."""
+    monkeypatch.setattr("gnws_d2.report.report._PUBLISHED_ON", shapes[0])
+    run = write_run(tmp_path / "o", shapes, *PUBLISHED_WEIGHTS, results=predict(shapes))
+    page = report(run, shapes)
+    (row,) = (row for row in model_zoo.table() if row["name"] == "mask_rcnn_R101_gnws_2x")
+    assert rows(page, "box, published by MMDetection")[0][0] == f"{row['box_ap']:.1f}"
+    assert rows(page, "mask, published by MMDetection")[0][0] == f"{row['mask_ap']:.1f}"
+    assert "Published figures are MMDetection's, and were not measured here." in page
+
+
+def test_published_ap_is_not_of_a_model_that_was_fine_tuned(shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr("gnws_d2.report.report._PUBLISHED_ON", shapes[0])
+    results, lines = predict(shapes), metrics(19, 40)
+    run = write_run(tmp_path / "o", shapes, *PUBLISHED_WEIGHTS, results=results, lines=lines)
+    assert "MMDetection published" not in report(run, shapes)
+
+
+def test_published_ap_is_for_no_other_dataset(shapes, tmp_path):
+    run = write_run(tmp_path / "o", shapes, *PUBLISHED_WEIGHTS, results=predict(shapes))
+    page = report(run, shapes)
+    assert not rows(page, "box, published by MMDetection") and "ublished figures" not in page
+    assert "MMDetection published" not in page
+
+
+def test_what_is_no_run_or_does_not_fit_is_one_sentence(shapes, tmp_path):
+    with pytest.raises(UserError, match=r"holds no run: .*config.yaml does not exist"):
+        make_report(str(tmp_path / "nothing"), [])
+    run = write_run(tmp_path / "a", ["unknown_shapes", *shapes[1:]], results=predict(shapes))
+    with pytest.raises(UserError, match="unknown_shapes, which is not registered: add --dataset"):
+        make_report(run, [])
+    for i, (results, message) in enumerate(
+        [
+            ([{**predict(shapes)[0], "image_id": 999}], "does not fit the dataset report_shapes"),
+            ([{"image_id": 1}], "does not fit the dataset report_shapes"),
+            ([3], "does not fit the dataset report_shapes"),
+        ]
+    ):
+        run = write_run(tmp_path / f"b{i}", shapes, results=results)
+        with pytest.raises(UserError, match=message):
+            make_report(run, [shapes])
+    (Path(run) / "inference" / "coco_instances_results.json").write_text("[{")
+    with pytest.raises(UserError, match=r"coco_instances_results.json is not valid JSON"):
+        make_report(run, [shapes])
+    assert not (Path(run) / "report.html").exists()
+
+
+def test_missing_image_is_one_sentence_and_leaves_no_page(shapes, tmp_path):
+    copy = tmp_path / "shapes"
+    shutil.copytree(Path(shapes[1]).parent, copy)
+    dataset = ["report_damaged", str(copy / "annotations.json"), str(copy / "images")]
+    run = write_run(tmp_path / "o", dataset, results=[])
+    for path in (copy / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="truncated or no image"):
+        make_report(run, [dataset])
+    assert not list(Path(run).glob("*.html*"))
+
+
+def test_each_chart_is_drawn_once(page):
+    assert re.findall(r'role="img" aria-label="([^"]*)"><svg', page) == [
+        "Loss", "Learning rate", "AP over time",
+        "Precision and recall, box", "Precision and recall, mask",
+    ]  # fmt: skip
+    assert page.count("<svg") == 5 and "image/svg" not in page
+
+
+def run_tool(monkeypatch, *args):
+    monkeypatch.setattr("sys.argv", ["report.py", *map(str, args)])
+    importlib.import_module("gnws_tools.report").main()
+
+
+def test_the_tool_writes_the_page_and_prints_ap(run, shapes, monkeypatch, capsys):
+    (Path(run) / "report.html").unlink(missing_ok=True)
+    run_tool(monkeypatch, run, "--dataset", *shapes)
+    assert "| box " in capsys.readouterr().out and (Path(run) / "report.html").is_file()
+
+
+@pytest.mark.parametrize("package", ["jinja2", "tidecv"])
+def test_a_missing_package_is_one_sentence(package, run, shapes, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("gnws_d2.report")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match="2"):
+        run_tool(monkeypatch, run, "--dataset", *shapes)
+    error = capsys.readouterr().err
+    assert error == f"report.py: error: {package} is not installed: pip install 'gnws_d2[report]'\n"
+
+
+BROWSER = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update",
+]  # fmt: skip
+
+
+@pytest.mark.ci
+def test_page_in_a_browser(run, shapes, tmp_path):
+    """Chromium: no request but the page, nothing said in the console, as wide as the window."""
+    from playwright.sync_api import sync_playwright
+
+    make_report(run, [shapes])
+    file = (Path(run) / "report.html").as_uri()
+    requests, said, shown = set(), [], {}
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=BROWSER)
+        for width, height in ((390, 844), (1280, 900)):
+            for scheme in ("light", "dark"):
+                context = browser.new_context(
+                    viewport={"width": width, "height": height}, color_scheme=scheme
+                )
+                page = context.new_page()
+                page.on("request", lambda request: requests.add(request.url.partition(",")[0]))
+                page.on("console", lambda message: said.append(message.text))
+                page.on("pageerror", lambda error: said.append(str(error)))
+                page.goto(file)
+                page.wait_for_load_state("networkidle")
+                assert file in requests and not said
+                assert all(url == file or url.startswith("data:") for url in requests)
+                assert page.evaluate("document.documentElement.scrollWidth") == width
+                assert page.evaluate("[...document.images].every(i => i.naturalWidth > 50)")
+                assert "Mask R-CNN" in page.inner_text("body")
+                background = "getComputedStyle(document.body).backgroundColor"
+                shown[scheme] = page.evaluate(background)
+                text = "document.querySelector('svg text')"
+                assert page.evaluate(f"{text}.getBoundingClientRect().width") > 5
+                shown[f"{scheme} text"] = page.evaluate(f"getComputedStyle({text}).fill")
+                assert shown[f"{scheme} text"] == page.evaluate(
+                    "getComputedStyle(document.body).color"
+                )
+                path = tmp_path / f"{width}_{scheme}.png"
+                page.screenshot(path=path, full_page=True)
+                assert path.stat().st_size > 50_000
+        browser.close()
+    assert shown["light"] == "rgb(255, 255, 255)" and shown["dark"] != shown["light"]
+    assert shown["light text"] != shown["dark text"]

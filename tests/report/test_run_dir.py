@@ -1,0 +1,143 @@
+"""Files are written as by Detectron2's writers and by ``engine/run_record.py``."""
+
+import json
+
+import pytest
+from conftest import ROOT
+from detectron2.config import get_cfg
+from detectron2.engine import TrainerBase
+
+from gnws_d2.config import load_config
+from gnws_d2.engine.run_record import RunRecord
+from gnws_d2.report.run_dir import read_run
+from gnws_d2.utils.errors import UserError
+
+START = {
+    "command": "train_net.py --config-file a.yaml",
+    "config_file": "a.yaml",
+    "resume": False,
+    "num_processes": 2,
+    "num_machines": 1,
+    "machine": {
+        "host": "node7",
+        "cpu": "AMD EPYC, 16 threads",
+        "gpus": ["NVIDIA H200", "NVIDIA H200"],
+        "cuda": "13.2",
+        "versions": {"python": "3.11.7", "torch": "2.15.0", "gnws_d2": "0.1.0"},
+    },
+    "start": "2026-12-31T23:59:00",
+    "end": "2027-01-01T00:01:28",
+    "first_iteration": 0,
+    "iterations": 20,
+    "status": "stopped",
+}
+RESUMED = {"resume": True, "first_iteration": 20, "iterations": 40, "status": "finished"}
+
+
+def metrics(first, last, ap=None):
+    lines = [
+        {"iteration": i, "lr": 0.02, "total_loss": 2 / (i + 1)} for i in range(first, last, 20)
+    ]
+    return lines + ([{"iteration": last, "bbox/AP": ap}] if ap else [])
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(*opts, config="quick_start", lines=None, starts=None):
+        cfg = load_config(str(ROOT / "configs" / f"{config}.yaml"), [*opts])
+        (tmp_path / "config.yaml").write_text(cfg.dump())
+        if lines is not None:
+            text = "".join((v if isinstance(v, str) else json.dumps(v)) + "\n" for v in lines)
+            (tmp_path / "metrics.json").write_text(text)
+        if starts is not None:
+            text = starts if isinstance(starts, str) else json.dumps(starts)
+            (tmp_path / "run.json").write_text(text)
+        return read_run(str(tmp_path))
+
+    return read
+
+
+def test_iterations_that_were_done_again_count_once(read):
+    """A resumed run repeats some; a run that started anew has none of the run before."""
+    run = read(lines=metrics(19, 200, ap=10.0) + metrics(139, 180) + metrics(19, 60, ap=30.0))
+    assert [line["iteration"] for line in run.metrics] == [19, 39, 59, 60]
+    run = read(lines=metrics(19, 200, ap=10.0) + metrics(139, 180))
+    assert [line["iteration"] for line in run.metrics] == list(range(19, 180, 20))
+    assert run.num_iterations == 180
+
+
+def test_evaluation_lines_may_come_late(read):
+    """Detectron2 writes an evaluation with the next 20 iterations, after their line."""
+    run = read(lines=[*metrics(19, 60), {"iteration": 49, "bbox/AP": 7.0}, *metrics(79, 80)])
+    assert [line["iteration"] for line in run.metrics] == [19, 39, 49, 59, 79]
+
+
+def test_damaged_lines_of_metrics_are_left_out(read, tmp_path):
+    lines = metrics(19, 40)
+    run = read(lines=[lines[0], "[1]", "3", "{}", "null", '{"iteration": null}', "\0\0", lines[1]])
+    with open(tmp_path / "metrics.json", "ab") as f:
+        f.write(b'\xff\xfe\n{"iteration": 59, "lr')  # killed while it wrote
+    assert run.metrics == read_run(str(tmp_path)).metrics == lines
+
+
+def test_facts_are_those_of_all_starts(read):
+    assert read(starts=[START, {**START, **RESUMED}]).facts == {
+        "Command": "train_net.py --config-file a.yaml",
+        "Started": "2026-12-31 23:59:00",
+        "Duration": "0:04:56",  # two starts of 2 min 28 s
+        "Starts": "2",
+        "Status": "finished",
+        "Processes": "2",
+        "Machine": "node7, 2 x NVIDIA H200, AMD EPYC, 16 threads",
+        "Versions": "python 3.11.7, torch 2.15.0, gnws_d2 0.1.0, CUDA 13.2",
+    }
+    machine = {**START["machine"], "gpus": [], "cuda": None}
+    facts = read(starts=[{**START, "machine": machine, "num_machines": 2}]).facts
+    assert facts["Machine"] == "node7, AMD EPYC, 16 threads" and facts["Machines"] == "2"
+    assert "CUDA" not in facts["Versions"] and "Starts" not in facts
+
+
+def test_a_run_that_was_killed_may_seem_to_run(read):
+    assert read(starts=[{**START, "status": "running"}]).facts["Status"] == "running, or killed"
+
+
+def test_what_the_hook_of_training_writes_can_be_read(read, tmp_path, monkeypatch):
+    class Trainer(TrainerBase):
+        def run_step(self):
+            pass
+
+    monkeypatch.setattr("sys.argv", ["/somewhere/train_net.py", "--config-file", "a b.yaml"])
+    trainer = Trainer()
+    trainer.register_hooks([RunRecord(str(tmp_path), "a b.yaml")])
+    trainer.train(0, 3)
+    facts = read().facts
+    assert facts["Command"] == "train_net.py --config-file 'a b.yaml'"
+    assert facts["Processes"] == "1" and facts["Status"] == "finished"
+
+
+def test_a_run_of_stock_detectron2_can_be_read(tmp_path):
+    """It has none of our keys and no run.json; --eval-only leaves no metrics.json either."""
+    (tmp_path / "config.yaml").write_text(get_cfg().dump())
+    run = read_run(str(tmp_path))
+    assert run.facts == {} and run.metrics == [] and run.num_iterations == 0
+
+
+@pytest.mark.parametrize(
+    "starts",
+    ["[{", "[]", "{}", "3", [START["machine"]], [{**START, "start": "now"}], [3],
+     [{**START, "machine": []}], [{**START, "num_processes": None}]],
+)  # fmt: skip
+def test_a_damaged_record_is_one_sentence(read, starts):
+    with pytest.raises(UserError, match=r"run\.json is damaged .*: remove it"):
+        read(starts=starts)
+
+
+def test_iterations_are_those_of_the_number_of_processes(read):
+    keys = ["SOLVER.REFERENCE_WORLD_SIZE", "4", "SOLVER.IMS_PER_BATCH", "8"]
+    run = read(*keys, "SOLVER.MAX_ITER", "60", starts=[START])
+    assert run.cfg.SOLVER.MAX_ITER == 120 and run.cfg.SOLVER.IMS_PER_BATCH == 4
+
+
+def test_what_is_no_run_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"holds no run: .*config.yaml does not exist"):
+        read_run(str(tmp_path / "nothing"))
