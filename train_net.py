@@ -1,16 +1,30 @@
 #!/usr/bin/env python3
 """
-Train and evaluate GN+WS detectors. This is Detectron2's training script, with `--dataset` for data
-of one's own and checks before work.
+Train and evaluate GN+WS detectors: Detectron2's training script, with `--dataset` for your own data
+and checks before work starts.
 """
 
 import argparse
+from datetime import timedelta
+
+from gnws_tools.arguments import train_argument_parser
+
+# isort: split
+from detectron2.engine import launch
+from torch import distributed as dist
 
 import gnws_d2  # noqa: F401  (registers the models and the built-in data)
 from gnws_d2.checkpoint import GNWSCheckpointer
-from gnws_d2.engine import Trainer, check_setup, default_setup, get_config, launch
+from gnws_d2.engine import (
+    Trainer,
+    check_setup,
+    default_setup,
+    get_config,
+    join_torchrun,
+    lock_output_dir,
+    supervise,
+)
 from gnws_d2.utils.errors import exit_on_user_error
-from gnws_tools.arguments import train_argument_parser
 
 
 def main(args: argparse.Namespace) -> dict | None:
@@ -24,7 +38,7 @@ def main(args: argparse.Namespace) -> dict | None:
         )
         return Trainer.test(cfg, model)
 
-    trainer = Trainer(cfg)
+    trainer = Trainer(cfg, args.config_file)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 
@@ -34,7 +48,21 @@ def invoke_main() -> None:
     args = train_argument_parser().parse_args()
     cfg = get_config(args)
     check_setup(cfg, args)
-    launch(main, cfg, args)
+    with lock_output_dir(cfg, args):
+        if dist.is_torchelastic_launched():
+            join_torchrun(cfg, args)
+            main(args)
+            return
+        with supervise(cfg, args):
+            launch(
+                main,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args,),
+                timeout=timedelta(seconds=cfg.DISTRIBUTED.TIMEOUT),
+            )
 
 
 if __name__ == "__main__":

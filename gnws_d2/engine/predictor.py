@@ -11,14 +11,15 @@ from detectron2.modeling import build_model
 
 from ..checkpoint import GNWSCheckpointer
 from ..data.transforms import OpenCVResizeShortestEdge
+from ..layers import fold_for_inference
 from .checks import check_device
 
 
 class Predictor(DefaultPredictor):
     """
-    :class:`DefaultPredictor` that resizes with OpenCV, as the published models were tested, takes
-    any weights that :class:`GNWSCheckpointer` does, none that do not fit, and several images at
-    once.
+    :class:`DefaultPredictor` that resizes with OpenCV, as the published models were tested, loads
+    what :class:`GNWSCheckpointer` loads, and takes several images at once. Weights are standardized
+    once, when it is made.
 
     Examples:
     ::
@@ -27,16 +28,14 @@ class Predictor(DefaultPredictor):
     """
 
     def __init__(self, cfg: CfgNode):
-        """
-        Raises:
-            UserError: if there is no ``MODEL.DEVICE``, or ``MODEL.WEIGHTS`` does not fit the model.
-        """
+        """Raise :class:`UserError` if ``MODEL.DEVICE`` or ``MODEL.WEIGHTS`` cannot be used."""
         check_device(cfg)
         self.cfg = cfg.clone()
         self.model = build_model(self.cfg).eval()
         if len(cfg.DATASETS.TEST):
             self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
         GNWSCheckpointer(self.model, strict=True).load(cfg.MODEL.WEIGHTS)
+        fold_for_inference(self.model)
         size = cfg.INPUT.MIN_SIZE_TEST
         self.aug = OpenCVResizeShortestEdge([size, size], cfg.INPUT.MAX_SIZE_TEST)
         self.input_format = cfg.INPUT.FORMAT

@@ -1,31 +1,43 @@
-"""Files of which there is never half."""
+"""Atomic file writes."""
 
 import contextlib
 import os
+import uuid
 from collections.abc import Iterator
 from typing import IO
 
+from .errors import UserError
+
 
 @contextlib.contextmanager
-def replace_file(path: str, mode: str = "w") -> Iterator[IO]:
+def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
     """
-    Open a temporary file beside `path` for writing, which takes its place, on the disk too, when
-    the block ends; if the block raises, `path` stays as it was.
+    Open a temporary file in the directory of `path`, and rename it to `path` when the block ends.
+    If the block raises, `path` stays as it was. After a crash a file ``PATH.*.part`` may be left.
+
+    Args:
+        path: the file to write.
+        mode: "w" or "wb".
+
+    Raises:
+        UserError: if the file cannot be written, as on a full disk.
     """
-    part = f"{path}.part"
+    # Unique, so that two writers never share a temporary file.
+    part = f"{path}.{uuid.uuid4().hex[:8]}.part"
     try:
         with open(part, mode) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    except BaseException:
+        # The new name is an entry of the directory, which has to reach the disk too.
+        directory = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as e:
+        raise UserError(f"Cannot write {path}: {e.strerror or e}.") from e
+    finally:
         with contextlib.suppress(OSError):
             os.remove(part)
-        raise
-    # The new name is in the directory, which is written later otherwise.
-    directory = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

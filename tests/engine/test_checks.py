@@ -3,16 +3,13 @@
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from conftest import ROOT
 
 import train_net
-from gnws_d2.engine import load_config
 
-ROOT = Path(__file__).parent.parent.parent
 QUICK_START = str(ROOT / "configs" / "quick_start.yaml")
 COCO_CONFIG = str(ROOT / "configs" / "mask_rcnn_R50_gnws_2x.yaml")
 
@@ -44,18 +41,12 @@ def fails(monkeypatch, capsys, tmp_path):
 def test_good_command_is_launched(monkeypatch, tmp_path):
     launched = []
     monkeypatch.setattr(
-        train_net, "launch", lambda *args, **kwargs: launched.append(args[2].num_gpus)
+        train_net, "launch", lambda main, num_gpus, **kwargs: launched.append(num_gpus)
     )
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", QUICK_START])
     train_net.invoke_main()
     assert launched == [1]
-
-
-def test_config_goes_by_its_name_in_the_zoo_too(tmp_path, monkeypatch):
-    assert load_config("quick_start", []) == load_config(QUICK_START, [])
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "quick_start").write_text("SEED: 7")
-    assert load_config("quick_start", []).SEED == 7
 
 
 @pytest.mark.parametrize(
@@ -63,11 +54,21 @@ def test_config_goes_by_its_name_in_the_zoo_too(tmp_path, monkeypatch):
     [
         ([], "--config-file"),
         (["--config-file", "gone.yaml"], "gone.yaml"),
-        (["--config-file", QUICK_START, "SOLVER.MAXITER", "3"], "SOLVER.MAXITER"),
+        (
+            ["--config-file", QUICK_START, "SOLVER.MAXITER", "3"],
+            "no key SOLVER.MAXITER, did you mean SOLVER.MAX_ITER.$",
+        ),
+        (["--config-file", QUICK_START, "NOTHING.LIKE", "3"], "no key NOTHING.LIKE.$"),
         (["--config-file", QUICK_START, "SOLVER.MAX_ITER", "many"], "SOLVER.MAX_ITER"),
         (["--config-file", QUICK_START, "SOLVER.MAX_ITER"], "SOLVER.MAX_ITER"),
-        (["--config-file", QUICK_START, "SEED", "1", "--resume"], "--resume"),
-        (["--config-file", QUICK_START, "MODEL.WEIGHTS", "gone.pth"], "MODEL.WEIGHTS gone.pth"),
+        (
+            ["--config-file", QUICK_START, "SEED", "1", "--resume"],
+            "Options like --resume go before",
+        ),
+        (
+            ["--config-file", QUICK_START, "MODEL.WEIGHTS", "gone.pth"],
+            "checkpoint gone.pth does not exist",
+        ),
         (["--config-file", QUICK_START, "--eval-only"], "MODEL.WEIGHTS is empty"),
         (["--config-file", QUICK_START, "--num-gpus", "3"], "IMS_PER_BATCH .* 3 workers"),
         (["--config-file", QUICK_START, "--num-gpus", "0"], "--num-gpus 0"),
@@ -94,82 +95,6 @@ def test_config_goes_by_its_name_in_the_zoo_too(tmp_path, monkeypatch):
 def test_mistake_is_named(fails, args, message):
     error = fails(*args)
     assert re.search(message, error), error
-
-
-def test_faulty_yaml_is_named(fails, tmp_path):
-    for i, text in enumerate(("MODEL: [", "!!python/object/apply:os.abort []", "- 1", "A: 1")):
-        path = tmp_path / f"{i}.yaml"
-        path.write_text(text)
-        assert str(path) in fails("--config-file", str(path))
-
-
-TAG = "!!python/object/apply:os.system ['touch {ran}']"
-
-
-@pytest.mark.parametrize(
-    "files, message",
-    [
-        ({"a": f"SEED: {TAG}"}, "a.yaml is not valid: .*os.system"),
-        (
-            {"a": "_BASE_: b.yaml", "b": "_BASE_: c.yaml", "c": f"SEED: {TAG}"},
-            "c.yaml is not valid",
-        ),
-        ({"a": "_BASE_: [b.yaml, c.yaml]", "b": "SEED: 1", "c": f"- {TAG}"}, "c.yaml is not valid"),
-        (
-            {"a": "_BASE_: http://127.0.0.1:1/b.yaml"},
-            "a.yaml has the _BASE_ http://.* no local file",
-        ),
-        ({"a": "_BASE_: {b: c}"}, "a.yaml has the _BASE_ .* no local file"),
-        ({"a": "_BASE_: a.yaml"}, "a.yaml: its _BASE_ leads to more than 100 files"),
-        ({"a": "_BASE_: [c.yaml, b.yaml]", "b": "_BASE_: a.yaml", "c": "SEED: 1"}, "more than 100"),
-        (
-            {"a": "_BASE_: [b.yaml, gone.yaml]", "b": "A: 1"},
-            "a.yaml has the _BASE_ gone.yaml, .* no",
-        ),
-        ({"a": "_BASE_: /dev/zero"}, "a.yaml has the _BASE_ /dev/zero, .* no local file"),
-        ({"a": "_BASE_: b.yaml", "b": "- 1"}, "b.yaml does not consist of KEY: VALUE"),
-        ({"a": ""}, "a.yaml does not consist of KEY: VALUE"),
-        ({"a": "_BASE_"}, "a.yaml does not consist of KEY: VALUE"),
-        ({"a": "[" * 50_000}, "a.yaml: maximum recursion depth"),
-        ({"a": "#" * 2_000_000}, "a.yaml is larger than"),
-        ({"a": "A: &a {B: 1}\nC: {<<: [" + "*a, " * 11 + "]}"}, "a.yaml has 11 aliases"),
-        ({"a": "SEED: \0"}, "a.yaml is not valid"),
-        ({"a": "MODEL: {LOAD_PROPOSALS: True}"}, "MODEL.LOAD_PROPOSALS .* pickles"),
-    ],
-)
-def test_config_from_others_is_refused_and_runs_no_code(fails, tmp_path, files, message):
-    for name, text in files.items():
-        text = text.replace("{ran}", str(tmp_path / "ran"))
-        (tmp_path / f"{name}.yaml").write_text(text)
-    error = fails("--config-file", str(tmp_path / "a.yaml"))
-    assert re.search(message, error), error
-    assert not (tmp_path / "ran").exists()
-
-
-def test_config_that_a_run_has_written_is_read(tmp_path):
-    cfg = load_config(COCO_CONFIG, ["SEED", "3"])
-    (tmp_path / "config.yaml").write_text(cfg.dump())
-    assert "*id" in cfg.dump()
-    read = load_config(str(tmp_path / "config.yaml"), [])
-    assert yaml.safe_load(read.dump()) == yaml.safe_load(cfg.dump())
-
-
-@pytest.mark.parametrize(
-    "opts",
-    [
-        ["SEED", "__import__('os').mkdir('ran')"],
-        ["OUTPUT_DIR.x", "__import__('os').mkdir('ran')"],
-        ["MODEL", "None"],
-        ["SEED", "-" * 100_000 + "1"],
-        ["SEED", "(" * 300],
-        ["_BASE_", "x.yaml"],
-        ["", ""],
-        ["MODEL.LOAD_PROPOSALS", "True"],
-    ],
-)
-def test_value_of_the_command_line_is_refused_and_runs_no_code(fails, tmp_path, opts):
-    assert len(fails("--config-file", QUICK_START, *opts)) < 1000
-    assert not (tmp_path / "ran").exists()
 
 
 def test_missing_gpu_is_named(fails, monkeypatch):
@@ -214,7 +139,9 @@ def test_missing_image_stops_unless_training_skips_it(fails, photographs, tmp_pa
     test = ["DATASETS.TEST", "('missing',)", "INPUT.ON_BAD_IMAGE", "skip"]
     assert "image id 3 has a file that does not exist" in fails(*command, *test)
     launched = []
-    monkeypatch.setattr(train_net, "launch", lambda main, cfg, args: launched.append(args.num_gpus))
+    monkeypatch.setattr(
+        train_net, "launch", lambda main, num_gpus, **kwargs: launched.append(num_gpus)
+    )
     monkeypatch.setattr(sys, "argv", ["train_net.py", *command, "INPUT.ON_BAD_IMAGE", "skip"])
     train_net.invoke_main()
     assert launched == [1]
@@ -229,7 +156,9 @@ def test_masks_from_annotations_without_segmentation_are_an_error(fails, photogr
         "--dataset", "boxes", str(path), str(photographs.images),
         "--config-file", QUICK_START, "DATASETS.TRAIN", "('boxes',)",
     )  # fmt: skip
-    assert f"{path}: annotation id 6 has no 'segmentation'" in error and "MODEL.MASK_ON" in error
+    assert (
+        f"{path}: annotation id 6 has the segmentation None" in error and "MODEL.MASK_ON" in error
+    )
 
 
 def test_faulty_annotation_is_named(fails, photographs, tmp_path):

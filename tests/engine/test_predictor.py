@@ -69,11 +69,11 @@ def test_every_way_to_load_gives_the_same(
     photograph = photographs.images / "0.jpg"
     image = cv2.imread(str(photograph))
     expected = Predictor(get_config(name, path))(image)["instances"]
-    for predictor in (
-        DefaultPredictor(get_config(name, f"gnws://{name}")),
-        Predictor(get_config(name, f"gnws://{name}")),
-    ):
-        assert_equal(predictor(image)["instances"], expected, rtol=0, atol=0)
+    catalog_cfg = get_config(name, f"gnws://{name}")
+    assert_equal(Predictor(catalog_cfg)(image)["instances"], expected, rtol=0, atol=0)
+    # It standardizes the weights in each forward, with another rounding.
+    stock = DefaultPredictor(catalog_cfg)(image)["instances"]
+    assert_equal(stock, expected, rtol=1e-3, atol=1e-2)
     monkeypatch.undo()
 
     coco = photographs.coco()

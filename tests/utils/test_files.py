@@ -1,16 +1,16 @@
 import pytest
 
-from gnws_d2.utils.files import replace_file
+from gnws_d2.utils.files import atomic_write
 
 
-def test_replace_file_keeps_the_old_file_when_writing_fails(tmp_path):
+def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), replace_file(str(path)) as f:
+    with pytest.raises(ZeroDivisionError), atomic_write(str(path)) as f:
         f.write("half")
         raise ZeroDivisionError
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
-    with replace_file(str(path)) as f:
+    with atomic_write(str(path)) as f:
         f.write("new")
         assert path.read_text() == "old"
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "new")]

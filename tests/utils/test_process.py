@@ -4,15 +4,12 @@ import subprocess
 import sys
 
 import pytest
-from detectron2.layers import ShapeSpec
-
-from gnws_d2 import model_zoo
-from gnws_d2.modeling import backbone
 
 FAULTS = """
 import resource, sys, torch
-from gnws_d2.utils.memory import keep_freed_memory
-keep_freed_memory(sys.argv[1] == "True")
+from gnws_d2.utils.process import keep_freed_memory
+if sys.argv[1] == "True":
+    keep_freed_memory()
 faults = []
 for i in range(10):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -35,14 +32,3 @@ def test_freed_memory_is_kept_or_given_back(keep):
     pages = 64 * 2**20 // resource.getpagesize()
     # Where the system gives large pages, a fault may give 2 MiB.
     assert int(done.stdout) < 10 if keep else int(done.stdout) >= pages // 512
-
-
-def test_cpu_models_keep_freed_memory(monkeypatch):
-    calls = []
-    monkeypatch.setattr(backbone, "keep_freed_memory", lambda: calls.append(1))
-    for kernels in ("reference", "auto"):
-        cfg = model_zoo.get_config("faster_rcnn_R50_gnws_1x")
-        cfg.MODEL.DEVICE = "cpu"
-        cfg.MODEL.GNWS.KERNELS = kernels
-        backbone.build_resnet_gnws_backbone(cfg, ShapeSpec(channels=3))
-        assert len(calls) == (kernels == "auto")

@@ -1,0 +1,99 @@
+"""``run.json``: the facts about a run, as data."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import socket
+import sys
+from datetime import datetime
+from typing import Any
+
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from ..utils.files import atomic_write
+
+_PACKAGES = ("torch", "torchvision", "detectron2", "gnws_d2", "numpy", "opencv-python", "triton")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return ``host``, ``cpu`` with PyTorch's threads, ``gpus``, ``cuda`` and ``versions``."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
+        names = (line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+        cpu = next(names, cpu)
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "host": socket.gethostname(),
+        "cpu": f"{cpu}, {torch.get_num_threads()} threads",
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+        "versions": versions,
+    }
+
+
+class RunRecord(HookBase):
+    """
+    Write ``run.json``: a list of starts, one for each time that the training was started or
+    resumed, each a dict of
+
+    * ``command``, ``config_file``, ``resume``, ``num_processes``, ``num_machines``;
+    * ``machine``: :func:`describe_machine` of the main process;
+    * ``start`` and ``end``, local times in ISO format; ``end`` is the last sign of life;
+    * ``first_iteration`` and ``iterations``, the number of them that are done;
+    * ``status``: "running", "finished", "stopped" (SIGTERM or Ctrl-C) or "failed"; a run that was
+      killed stays "running".
+
+    Runs on the main process alone.
+    """
+
+    _PERIOD = 20  # iterations between updates, as of Detectron2's PeriodicWriter
+
+    def __init__(self, output_dir: str, config_file: str):
+        self._path, self._config_file = os.path.join(output_dir, "run.json"), config_file
+
+    def before_train(self) -> None:
+        first = self.trainer.start_iter
+        self._starts: list[dict[str, Any]] = []
+        if first > 0 and os.path.isfile(self._path):
+            with open(self._path) as f:
+                self._starts = json.load(f)
+        self._starts.append(
+            {
+                "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+                "config_file": self._config_file,
+                "resume": first > 0,
+                "num_processes": comm.get_world_size(),
+                "num_machines": comm.get_world_size() // comm.get_local_size(),
+                "machine": describe_machine(),
+                "start": _now(),
+                "first_iteration": first,
+            }
+        )
+        self._write("running", first)
+
+    def after_step(self) -> None:
+        if (self.trainer.iter + 1) % self._PERIOD == 0:
+            self._write("running", self.trainer.iter + 1)
+
+    def after_train(self) -> None:
+        error = sys.exc_info()[1]
+        stopped = isinstance(error, SystemExit)  # after an iteration
+        status = "stopped" if stopped else "failed" if error else "finished"
+        self._write(status, self.trainer.iter + stopped)
+
+    def _write(self, status: str, iterations: int) -> None:
+        self._starts[-1] |= {"end": _now(), "iterations": iterations, "status": status}
+        with atomic_write(self._path) as f:
+            json.dump(self._starts, f, indent=1)
+
+
+def _now() -> str:
+    return datetime.now().isoformat(timespec="seconds")

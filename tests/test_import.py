@@ -1,0 +1,46 @@
+"""`import gnws_d2` is light: no optional room, nothing registered with PyTorch."""
+
+import subprocess
+import sys
+
+import pytest
+
+# In turns in processes of their own, the least time of each.
+CODE = """
+import sys, time
+start = time.perf_counter()
+import detectron2.engine, detectron2.modeling
+{more}
+print(time.perf_counter() - start)
+"""
+CHECK = """
+import sys
+import torch.distributed.rendezvous, torch.optim.optimizer
+handlers = sys.modules["torch.distributed.rendezvous"]._rendezvous_handlers
+hooks = sys.modules["torch.optim.optimizer"]._global_optimizer_post_hooks
+before = dict(handlers), dict(hooks)
+import gnws_d2
+assert (handlers, hooks) == before
+optional = ("tidecv", "jinja2", "wandb", "onnx", "onnxruntime", "gnws_tools.benchmark")
+for name in (*optional, "gnws_d2.report", "gnws_d2.export"):
+    assert name not in sys.modules, name
+"""
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_no_optional_room_is_imported_and_nothing_registered_with_pytorch():
+    run(CHECK)
+
+
+@pytest.mark.ci
+def test_import_takes_at_most_a_tenth_longer_than_that_of_detectron2():
+    times = [
+        [float(run(CODE.format(more=more))) for more in ("", "import gnws_d2")] for _ in range(3)
+    ]
+    detectron2, both = (min(column) for column in zip(*times))
+    assert both <= 1.1 * detectron2
