@@ -9,29 +9,28 @@ setup(
     package_dir={"gnws_tools": "tools"},
     entry_points={"console_scripts": ["gnws = gnws_tools.gnws:main"]},
     package_data={
-        "gnws_d2.engine": ["*.html"],
         "gnws_d2.model_zoo": ["*.json", "configs/*.yaml"],
+        "gnws_d2.report": ["*.html"],
     },
     python_requires=">=3.10",
-    # By name: requirements.txt holds the versions that are known to work together.
+    # Lowest versions alone: requirements.txt holds the versions that are known to work together.
     install_requires=[
         "detectron2",
         "fvcore",
         "iopath",
-        "Jinja2",
         "matplotlib",
         "numpy",
         "opencv-python",
         "Pillow",
         "pycocotools",
-        "PyYAML",
         "tabulate",
-        "tidecv",
-        "torch",
+        "torch>=2.4",
         "torchvision",
         "tqdm",
     ],
+    # What single tools need besides.
     extras_require={
+        "report": ["Jinja2", "tidecv"],
         "onnx": ["onnx", "onnxruntime"],
         "wandb": ["wandb"],
         "dev": [

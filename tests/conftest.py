@@ -1,6 +1,9 @@
+import contextlib
 import json
 import os
 import threading
+import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +27,8 @@ settings.register_profile(
 )
 settings.load_profile("short")
 
-ASSETS = Path(__file__).parent / "assets"
+ROOT = Path(__file__).parent.parent
+ASSETS = ROOT / "tests" / "assets"
 
 
 @dataclass
@@ -92,3 +96,31 @@ def mmdet_state(name):
             value *= 3
         state[key] = value
     return state
+
+
+def wait_for(condition, timeout=120):
+    """Wait until `condition()` is true."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture(autouse=True)
+def mark_processes(monkeypatch):
+    """Give all processes that a test starts a variable that tells them from others."""
+    monkeypatch.setenv("OF_TEST", uuid.uuid4().hex)
+
+
+def processes_of_test():
+    """
+    The ids of the running processes that this test has started, and those started by them, whatever
+    their session: torchrun gives each worker one of its own.
+    """
+    mark = f"OF_TEST={os.environ['OF_TEST']}".encode()
+    pids = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has just ended, or is another user's
+            if mark in path.read_bytes().split(b"\0"):
+                pids.append(int(path.parent.name))
+    return pids

@@ -8,8 +8,7 @@ import venv
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from conftest import ROOT
 
 
 @pytest.fixture
@@ -62,6 +61,7 @@ def test_unsuitable_python_is_named(setup_env):
     assert run.returncode == 2 and "'no-such-python' is not Python 3.10 or later" in run.stderr
 
 
+@pytest.mark.ci
 def test_installed_detectron2_is_used(setup_env, tmp_path):
     venv.create(tmp_path / "env", with_pip=True)
     python = str(tmp_path / "env" / "bin" / "python")

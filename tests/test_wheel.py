@@ -11,8 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
 SMALL = [
     "MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96",
     "SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()", "SOLVER.REFERENCE_WORLD_SIZE", "0",

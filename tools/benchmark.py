@@ -1,48 +1,119 @@
 #!/usr/bin/env python3
 """
-Measure GN+WS beside plain GN, frozen BatchNorm and the reference formula, in turns in one process.
+Measure GN+WS beside plain GN, frozen BatchNorm and the reference formula.
 
 ops: weight standardization and GroupNorm + ReLU alone. inference, train: whole models, in float32
-and mixed precision. dataloader: the mappers. Writes a table in Markdown, JSON and a bar chart.
+and mixed precision. dataloader: the mappers. Each variant has a process of its own, and they take
+turns. Writes a table in Markdown and all times in JSON.
 """
 
 import argparse
+import json
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+from tabulate import tabulate
 
 from gnws_tools.arguments import add_dataset_argument
+
+MODELS = ["GN+WS", "GN", "GN+WS, reference", "GN, Detectron2", "FrozenBN"]
+ALL_MODELS = [*MODELS, *(f"{name}, AMP" for name in MODELS)]
+OTHERS = {
+    "ops": ["fused", "PyTorch"],
+    "dataloader": ["OpenCVDatasetMapper", "DatasetMapper"],
+}
 
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("work", choices=["ops", "inference", "train", "dataloader"])
-    parser.add_argument("--config-file", default="mask_rcnn_R50_gnws_2x", metavar="FILE")
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        metavar="NAME",
-        help="of inference and train: GN+WS; GN; GN+WS, reference; GN, Detectron2; FrozenBN; and "
-        "each with ', AMP' after it (default: all)",
-    )
-    parser.add_argument("--image-size", type=int, nargs=2, default=[800, 1333], metavar=("H", "W"))
-    parser.add_argument("--batch-size", type=int, help="default: 1 for inference, 2 for training")
-    parser.add_argument("--turns", type=int, default=3, help="of each variant (default: 3)")
-    parser.add_argument("--runs", type=int, default=1, help="timed in a turn (default: 1)")
-    parser.add_argument("--output", default="output/benchmark", metavar="DIR")
+    add = parser.add_argument
+    add("work", choices=["ops", "inference", "train", "dataloader"])
+    add("--config-file", default="mask_rcnn_R50_gnws_2x", metavar="FILE")
+    names = f"of inference and train: {'; '.join(MODELS)}; each also with ', AMP' (default: all)"
+    add("--models", nargs="+", choices=ALL_MODELS, default=ALL_MODELS, metavar="NAME", help=names)
+    add("--image-size", type=int, nargs=2, default=[800, 1333], metavar=("H", "W"))
+    add("--batch-size", type=int, help="default: 1, or 2 for train")
+    add("--turns", type=int, default=3, help="of each variant (default: 3)")
+    add("--runs", type=int, default=1, help="timed in each turn (default: 1)")
+    add("--output", default="output/benchmark", metavar="DIR")
     add_dataset_argument(parser)
-    parser.add_argument(
-        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="as MODEL.DEVICE cpu"
-    )
+    add("--opts", nargs="+", default=[], metavar="KEY VALUE", help="such as MODEL.DEVICE cpu")
     return parser
 
 
-def main() -> None:
-    args = argument_parser().parse_args()
-    # Not before, so that --help does not wait for PyTorch.
-    from gnws_d2.engine.benchmark_tables import run_benchmark
-    from gnws_d2.utils.errors import exit_on_user_error
+def measure(variants: list[str], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """
+    Measure in turns, each in a process of its own.
 
-    exit_on_user_error(run_benchmark)(args)
+    Returns:
+        By variant ``machine``, ``memory_bytes`` and ``seconds``, the times of each part of it.
+    """
+    script = os.path.join(os.path.dirname(__file__), "benchmark_variants.py")
+    measured: dict[str, dict[str, Any]] = {}
+    for turn in range(args.turns):
+        # A B B A, so that a drift of the machine affects all variants alike.
+        for variant in variants[:: -1 if turn % 2 else 1]:
+            command = [sys.executable, script, variant, json.dumps(vars(args))]
+            process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            if process.returncode > 0:  # it has printed why
+                sys.exit(process.returncode)
+            if process.returncode < 0:
+                sys.exit(f"benchmark.py: error: {variant} was killed ({process.returncode}).")
+            result = json.loads(process.stdout)
+            for part, seconds in measured.setdefault(variant, result)["seconds"].items():
+                seconds += result["seconds"][part] if turn else []
+    return measured
+
+
+def format_table(measured: dict[str, dict[str, Any]]) -> str:
+    """
+    Return a Markdown table: times in ms; of models, memory at the peak over that before they were
+    built, in GiB; and the ratios of both to those of the first variant.
+    """
+    first, of_first = next(iter(measured.items()))
+    columns = 7 if first in ALL_MODELS else 5
+    rows = []
+    for part in of_first["seconds"]:
+        base = statistics.median(of_first["seconds"][part])
+        for variant, m in measured.items():
+            times, memory = m["seconds"][part], m["memory_bytes"]
+            low, median, high = (f(times) for f in (min, statistics.median, max))
+            row = [part, variant, f"{median * 1e3:.4g}", f"{low * 1e3:.4g} - {high * 1e3:.4g}"]
+            row += [f"{median / base:.3f}x", f"{memory / 2**30:.2f}"]
+            row += [f"{memory / of_first['memory_bytes']:.3f}x"]
+            rows.append(row[:columns])
+    header = ["", "", "ms", "min - max", f"/ {first}", "GiB", f"/ {first}"]
+    return tabulate(rows, header[:columns], "github", disable_numparse=True)
+
+
+def main() -> None:
+    parser = argument_parser()
+    args = parser.parse_args()
+    if args.batch_size is None:
+        args.batch_size = 2 if args.work == "train" else 1
+    if min(args.turns, args.runs, args.batch_size, *args.image_size) < 1:
+        parser.error("--turns, --runs, --batch-size and --image-size must be at least 1")
+    try:
+        os.makedirs(args.output, exist_ok=True)
+    except OSError as e:
+        parser.error(f"--output {args.output} cannot be written: {e.strerror}")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends all processes without a traceback
+    measured = measure(OTHERS.get(args.work, args.models), args)
+    title = shlex.join(["benchmark.py", *sys.argv[1:]])
+    machine = next(iter(measured.values()))["machine"]
+    text = f"### {title}\n\n{format_table(measured)}\n\n{json.dumps(machine)}\n"
+    record = json.dumps({**vars(args), "variants": measured}, indent=1)
+    for suffix, content in ((".md", text), (".json", record)):
+        with open(os.path.join(args.output, f"{args.work}{suffix}"), "w") as f:
+            f.write(content)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,11 @@
 #!/usr/bin/env python3
-"""
-List every fault of a dataset in COCO format. The exit status is 1 if there are any; images without
-annotations are none.
-"""
+"""List the issues of a dataset in COCO format. The exit status is 1 if there are any."""
 
 import argparse
 import json
 import os
 import sys
 from collections import defaultdict
-from typing import Any
 
 SHOWN = 10  # of each kind
 
@@ -19,50 +15,38 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("annotations", metavar="ANNOTATIONS", help="the JSON file")
     parser.add_argument("images", metavar="IMAGES", help="the directory of the images")
     parser.add_argument("--no-images", action="store_true", help="do not open the images")
-    parser.add_argument("--output", metavar="FILE.json", help="where to write all faults, too")
+    parser.add_argument("--output", metavar="FILE.json", help="file to write all issues to")
     return parser
 
 
 def check(args: argparse.Namespace) -> None:
-    from gnws_d2.data.check import check_dataset
+    from gnws_d2.data.check import Issue, check_dataset
     from gnws_d2.utils.errors import UserError
-    from gnws_d2.utils.files import replace_file
+    from gnws_d2.utils.files import atomic_write
 
-    if not os.path.isdir(args.images):
-        raise UserError(f"The image directory {args.images} does not exist.")
-    if args.output and not os.path.isdir(os.path.dirname(os.path.abspath(args.output))):
-        raise UserError(f"The directory of --output {args.output} does not exist.")
-    kinds: dict[tuple[str, str], list[Any]] = defaultdict(list)
-    found = check_dataset(args.annotations, args.images, open_images=not args.no_images)
-    for fault in found:
-        kinds[fault.level, fault.kind].append(fault)
-    for (level, kind), faults in sorted(kinds.items()):
-        print(f"{level}: {len(faults)} x {kind}")
-        for fault in faults[:SHOWN]:
-            print(f"  {fault.message}")
-        if len(faults) > SHOWN:
-            print(f"  and {len(faults) - SHOWN} more")
-    total = sum(fault.level != "note" for fault in found)
-    print(f"{args.annotations}: {total} faults")
+    for path in (args.images, os.path.dirname(os.path.abspath(args.output or ""))):
+        if not os.path.isdir(path):
+            raise UserError(f"The directory {path} does not exist.")
+    issues = check_dataset(args.annotations, args.images, open_images=not args.no_images)
+    kinds: dict[str, list[Issue]] = defaultdict(list)
+    for issue in issues:
+        kinds[f"{issue.level}: {issue.kind}"].append(issue)
+    for kind, found in sorted(kinds.items()):
+        print(f"{kind} ({len(found)})", *(f"  {i.message}" for i in found[:SHOWN]), sep="\n")
+        if len(found) > SHOWN:
+            print(f"  and {len(found) - SHOWN} more")
+    print(f"{args.annotations}: {len(issues)} issues")
     if args.output:
-        report = {
-            "annotations": args.annotations,
-            "images": args.images,
-            "counts": {f"{level}: {kind}": len(faults) for (level, kind), faults in kinds.items()},
-            "faults": [fault._asdict() for fault in found],
-        }
-        try:
-            with replace_file(args.output) as f:
-                json.dump(report, f, indent=1)
-        except OSError as e:
-            raise UserError(f"Cannot write {args.output}: {e.strerror or e}.") from e
-    sys.exit(1 if total else 0)
+        report = {"annotations": args.annotations, "images": args.images}
+        report["counts"] = {kind: len(found) for kind, found in kinds.items()}
+        with atomic_write(args.output) as f:
+            json.dump({**report, "issues": [issue._asdict() for issue in issues]}, f, indent=1)
+    sys.exit(1 if issues else 0)
 
 
 def main() -> None:
     args = argument_parser().parse_args()
-    # Not before, so that --help does not wait for PyTorch.
-    from gnws_d2.utils.errors import exit_on_user_error
+    from gnws_d2.utils.errors import exit_on_user_error  # here, as --help needs no PyTorch
 
     exit_on_user_error(check)(args)
 

@@ -1,33 +1,31 @@
 #!/usr/bin/env python3
-"""
-Write one HTML page of a run of train_net.py, RUN_DIR/report.html, and print its AP; or of two runs
-beside each other, RUN_A/compare.html.
-"""
+"""Write one HTML page about a run of train_net.py, RUN_DIR/report.html, and print its AP."""
 
 import argparse
 
 from gnws_tools.arguments import add_dataset_argument
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="OUTPUT_DIR of the run")
-    which.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help="two of them")
-    add_dataset_argument(parser)
-    return parser
-
-
 def main() -> None:
-    args = argument_parser().parse_args()
-    # Not before, so that --help does not wait for PyTorch.
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="OUTPUT_DIR of the run")
+    add_dataset_argument(parser)
+    args = parser.parse_args()
+    # Imported late, so that --help does not wait for PyTorch.
     from detectron2.utils.logger import setup_logger
 
-    from gnws_d2.engine.report import make_report
-    from gnws_d2.utils.errors import exit_on_user_error
+    from gnws_d2.utils.errors import UserError, exit_on_user_error
+
+    @exit_on_user_error
+    def run() -> None:
+        try:
+            from gnws_d2.report import make_report
+        except ModuleNotFoundError as e:
+            raise UserError(f"{e.name} is not installed: pip install 'gnws_d2[report]'") from e
+        make_report(args.run_dir, args.dataset)
 
     setup_logger(name="gnws_d2")
-    exit_on_user_error(make_report)(args.compare or [args.run_dir], args.dataset)
+    run()
 
 
 if __name__ == "__main__":

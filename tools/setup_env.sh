@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set up the environment and print its Python: .venv with the versions of requirements.txt, or, if
 # the Python in use already has Detectron2, that Python as it is, with only what is missing.
+# The argument names the extras of setup.py to install (default: report).
 #
 #   PYTHON=python3.11   the Python to start from (default: python3)
 #   DETECTRON2=SOURCE   where to get Detectron2 instead of GitHub: a local checkout, a wheel or
@@ -51,6 +52,6 @@ if ! has_detectron2 "$python"; then
     install -q --no-build-isolation "$source" ||
         fail "Detectron2 could not be built from $source; pip says why above."
 fi
-install -q --no-build-isolation -e '.[dev,onnx,wandb]' ||
+install -q --no-build-isolation -e ".[${1:-report}]" ||
     fail "gnws_d2 could not be installed; pip says why above."
 echo "$python" >&3

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Train on the machines of a Slurm job. The arguments go to train_net.py:
+# Train on the machines of a Slurm job by torchrun. The arguments go to train_net.py:
 #
 #   sbatch --nodes 2 --gpus-per-node 8 --cpus-per-task 64 --time 24:00:00 tools/slurm.sh \
 #       --config-file configs/mask_rcnn_R50_gnws_2x.yaml OUTPUT_DIR output/shared
 #
-# Three minutes before the time limit training writes a checkpoint, and the job goes back into the
-# queue. A job that is preempted, or whose machine fails, goes there by Slurm itself. However it is
-# started, it goes on from the last checkpoint in OUTPUT_DIR, which all machines are to share.
+# A worker or machine that fails is restarted up to three times. Three minutes before the time limit
+# training writes a checkpoint, and the job is requeued; Slurm itself requeues a job that is
+# preempted. Each start resumes from the last checkpoint in OUTPUT_DIR, which all machines share.
 #SBATCH --job-name=gnws_d2
 #SBATCH --ntasks-per-node=1
 #SBATCH --requeue
@@ -23,13 +23,15 @@ python=python
 [ ! -x .venv/bin/python ] || python=.venv/bin/python
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 host=${hosts%%$'\n'*}
-port=$((10000 + SLURM_JOB_ID % 20000)) # another for each job, as two may share a machine
+port=$((10000 + SLURM_JOB_ID % 20000)) # one for each job, as two may share a machine
 
-# A machine that has written its checkpoint is not to end the others before they have theirs.
+# Each start has a store of its own, and the time to write a checkpoint.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=150
+# A machine that has ended first must not end the others before their checkpoint is written.
 srun --kill-on-bad-exit=0 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
-    bash -c 'exec "$0" train_net.py --machine-rank "$SLURM_NODEID" "$@"' "$python" \
-    --num-machines "$SLURM_NNODES" --dist-url "tcp://$host:$port" \
-    --num-gpus "${SLURM_GPUS_ON_NODE:-1}" --resume "$@" &
+    "$python" -m torch.distributed.run --nnodes "$SLURM_NNODES" \
+    --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" --max-restarts 3 --rdzv-id "$SLURM_JOB_ID" \
+    --rdzv-backend c10d --rdzv-endpoint "$host:$port" train_net.py --resume "$@" &
 srun=$!
 
 time_limit= again=1
@@ -39,7 +41,7 @@ while [ -n "$again" ]; do # a signal ends `wait`, too
     again= status=0
     wait "$srun" || status=$?
 done
-if [ -n "$time_limit" ] && [ "$status" = 143 ]; then # the exit status after such a checkpoint
+if [ -n "$time_limit" ] && [ "$status" != 0 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -1,4 +1,4 @@
-"""The command `gnws` is the scripts, and helps without waiting for PyTorch."""
+"""The command `gnws` runs the scripts, and prints help without importing PyTorch."""
 
 import argparse
 import importlib
@@ -8,9 +8,9 @@ import sys
 import pytest
 from detectron2.engine import default_argument_parser
 
-from gnws_d2.engine.benchmark import MODELS
 from gnws_tools import gnws
 from gnws_tools.arguments import train_argument_parser
+from gnws_tools.benchmark import MODELS
 from gnws_tools.benchmark import argument_parser as benchmark_argument_parser
 
 HELP = """
@@ -38,10 +38,10 @@ def test_help_needs_no_pytorch(command):
     assert done.stdout.startswith(f"usage: gnws {command or '[-h]'}")
 
 
-def test_every_command_is_listed_with_what_it_is_for():
+def test_every_command_is_listed_with_its_description():
     done = run("--help")
-    for command, (_, what) in gnws.COMMANDS.items():
-        assert any(line.split() == [command, *what.split()] for line in done.stdout.splitlines())
+    for command, (_, text) in gnws.COMMANDS.items():
+        assert any(line.split() == [command, *text.split()] for line in done.stdout.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_every_command_is_listed_with_what_it_is_for():
         (["convert"], "gnws convert: error: the following arguments are required: IN, OUT"),
     ],
 )
-def test_mistakes_are_told_at_once_with_status_2(args, message):
+def test_mistakes_end_at_once_with_status_2(args, message):
     done = run(*args)
     assert done.returncode == 2
     assert message in done.stderr
@@ -63,11 +63,12 @@ def test_train_and_eval_are_train_net(monkeypatch):
     called = []
     train_net = importlib.import_module("gnws_tools.train_net")
     monkeypatch.setattr(train_net, "get_config", called.append)
-    monkeypatch.setattr(train_net, "check_setup", lambda *_: None)
-    monkeypatch.setattr(train_net, "launch", lambda *_: None)
+    monkeypatch.setattr(train_net, "check_setup", lambda *_: sys.exit(7))
     for command in ("train", "eval"):
         monkeypatch.setattr(sys, "argv", ["gnws", command, "--config-file", "a.yaml", "SEED", "1"])
-        gnws.main()
+        with pytest.raises(SystemExit) as e:
+            gnws.main()
+        assert e.value.code == 7
     train, evaluate = called
     assert not train.eval_only and evaluate.eval_only
     assert train.config_file == evaluate.config_file == "a.yaml"
@@ -83,23 +84,23 @@ def options(parser):
 
 
 def test_options_are_detectron2s():
-    """They are written again in this project, because Detectron2's need PyTorch."""
-    ours, detectron2s = options(train_argument_parser()), options(default_argument_parser())
-    assert ours.pop(("--dataset",)) and ours == detectron2s
+    """They are copied, because importing Detectron2's parser imports PyTorch."""
+    own, detectron2s = options(train_argument_parser()), options(default_argument_parser())
+    assert own.pop(("--dataset",)) and own == detectron2s
     words = ["--resume", "--eval-only", "--num-gpus", "2", "--num-machines", "3"]
     words += ["--machine-rank", "1", "--dist-url", "u", "--config-file", "f", "SEED", "1"]
-    ours, detectron2s = (
+    own, detectron2s = (
         vars(parser.parse_args(words))
         for parser in (train_argument_parser(), default_argument_parser())
     )
-    assert ours.pop("dataset") == [] and ours == detectron2s
-    ours, detectron2s = (
+    assert own.pop("dataset") == [] and own == detectron2s
+    own, detectron2s = (
         vars(parser.parse_args([]))
         for parser in (train_argument_parser(), default_argument_parser())
     )
-    assert ours.pop("dataset") == [] and ours.pop("dist_url") == "auto"
+    assert own.pop("dataset") == [] and own.pop("dist_url") == "auto"
     del detectron2s["dist_url"]
-    assert ours == detectron2s
+    assert own == detectron2s
 
 
 def test_help_names_the_models_of_a_benchmark():

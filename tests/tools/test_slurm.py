@@ -4,17 +4,17 @@ import os
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-SCRIPT = Path(__file__).parent.parent / "tools" / "slurm.sh"
+SCRIPT = ROOT / "tools" / "slurm.sh"
 STAND_INS = {
     # The tasks of two machines; signals are forwarded, and the highest status is returned.
     "srun": r"""
 echo "$*" >srun.txt
 while [[ $1 == --* ]]; do shift; done
-for i in 0 1; do SLURM_NODEID=$i "$@" & tasks[i]=$!; done
+for i in 0 1; do export SLURM_NODEID=$i; "$@" & tasks[i]=$!; done
 trap 'kill -TERM "${tasks[@]}"' TERM
 highest=0
 for task in "${tasks[@]}"; do
@@ -30,10 +30,10 @@ exit "$highest"
 echo "$*" >>scontrol.txt
 [ "$1 $2" != "show hostnames" ] || printf 'node7\nnode9\n'
 """,
-    # Ends with $STATUS, or, if there is none, when it is asked to, as training does.
+    # torchrun: ends with $STATUS, or, if there is none, with 1 when it is asked to.
     "python": r"""
-echo "$*" >"task$3.txt"
-trap 'exit 143' TERM
+echo "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE $*" >"task$SLURM_NODEID.txt"
+trap 'exit 1' TERM
 [ -z "${STATUS-}" ] || exit "$STATUS"
 while :; do sleep 0.05; done
 """,
@@ -82,13 +82,14 @@ def requeued(tmp_path):
     return "requeue 41007" in (tmp_path / "scontrol.txt").read_text().splitlines()
 
 
-def test_every_machine_trains_with_its_rank_and_resumes(job, tmp_path):
+def test_every_machine_trains_by_torchrun_and_resumes(job, tmp_path):
     run = job("--config-file", "a b.yaml", "SEED", "1", STATUS="0", SLURM_CPUS_PER_TASK="16")
     assert run.wait(30) == 0, run.stderr.read()
     for rank in (0, 1):
         assert (tmp_path / f"task{rank}.txt").read_text() == (
-            f"train_net.py --machine-rank {rank} --num-machines 2 --dist-url tcp://node7:11007 "
-            "--num-gpus 8 --resume --config-file a b.yaml SEED 1\n"
+            "1 -m torch.distributed.run --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-id "
+            "41007 --rdzv-backend c10d --rdzv-endpoint node7:11007 train_net.py --resume "
+            "--config-file a b.yaml SEED 1\n"
         )
     assert "--cpus-per-task=16" in (tmp_path / "srun.txt").read_text()
     assert not requeued(tmp_path)
@@ -99,7 +100,7 @@ def test_time_limit_ends_training_and_requeues_the_job(job, tmp_path):
     for rank in (0, 1):
         wait_for(tmp_path / f"task{rank}.txt")
     run.send_signal(signal.SIGUSR1)
-    assert run.wait(30) == 143
+    assert run.wait(30) == 1
     assert requeued(tmp_path)
 
 
@@ -109,7 +110,7 @@ def test_job_that_is_cancelled_or_fails_is_not_requeued(job, tmp_path, how):
     if how == "cancelled":  # or preempted, after which Slurm requeues it
         wait_for(tmp_path / "task1.txt")
         run.send_signal(signal.SIGTERM)
-    assert run.wait(30) == {"cancelled": 143, "failed": 2}[how]
+    assert run.wait(30) == {"cancelled": 1, "failed": 2}[how]
     assert not requeued(tmp_path)
 
 

@@ -1,0 +1,209 @@
+import argparse
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import cv2
+import pytest
+import torch
+from conftest import ROOT
+
+from gnws_d2 import model_zoo
+from gnws_d2.config import load_config
+from gnws_d2.data import register_coco_datasets
+from gnws_d2.layers import WSConv2d
+from gnws_tools import benchmark, benchmark_variants
+from gnws_tools.benchmark import ALL_MODELS, MODELS, argument_parser
+
+TINY = ["MODEL.RPN.POST_NMS_TOPK_TEST", "10", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "10"]
+
+
+def arguments(*words):
+    args = argument_parser().parse_args(words)
+    args.batch_size = args.batch_size or 1
+    return args
+
+
+@pytest.fixture
+def replies(monkeypatch):
+    """Processes that end at once, with what the test puts here; returns the variants started."""
+    started, replies = [], []
+
+    def run(command, **_):
+        started.append(command[2])
+        return replies.pop(0)
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    return started, replies
+
+
+def test_variants_take_turns_in_processes_of_their_own(replies):
+    started, outputs = replies
+    for seconds in (2.0, 4.0, 5.0, 3.0):
+        result = {"seconds": {"train": [seconds]}, "memory_bytes": seconds * 2**30, "machine": {}}
+        outputs.append(SimpleNamespace(returncode=0, stdout=json.dumps(result)))
+    measured = benchmark.measure(["GN+WS", "GN"], arguments("train", "--turns", "2"))
+    assert started == ["GN+WS", "GN", "GN", "GN+WS"]
+    assert measured["GN+WS"]["seconds"] == {"train": [2.0, 3.0]}
+    assert measured["GN"]["seconds"] == {"train": [4.0, 5.0]}
+    lines = benchmark.format_table(measured).splitlines()[2:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert rows == [
+        ["train", "GN+WS", "2500", "2000 - 3000", "1.000x", "2.00", "1.000x"],
+        ["train", "GN", "4500", "4000 - 5000", "1.800x", "4.00", "2.000x"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "returncode, status",
+    [(2, 2), (-9, "benchmark.py: error: GN was killed (-9).")],
+)
+def test_failure_of_a_variant_ends_the_benchmark(replies, returncode, status):
+    replies[1].append(SimpleNamespace(returncode=returncode, stdout=""))
+    with pytest.raises(SystemExit) as e:
+        benchmark.measure(["GN"], arguments("train"))
+    assert e.value.code == status
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--turns", "0"], "--turns, --runs, --batch-size and --image-size must be at least 1"),
+        (["--image-size", "800", "0"], "--image-size must be at least 1"),
+        (["--models", "GN+WS", "BN"], "argument --models: invalid choice: 'BN'"),
+        (["--output", "/dev/null/a"], "--output /dev/null/a cannot be written: Not a directory"),
+    ],
+)
+def test_wrong_argument_is_named_before_anything_is_started(
+    replies, monkeypatch, capsys, words, message
+):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "inference", *words])
+    with pytest.raises(SystemExit) as e:
+        benchmark.main()
+    assert e.value.code == 2 and message in capsys.readouterr().err
+
+
+def run_script(*words, cwd):
+    script = [sys.executable, str(ROOT / "tools" / "benchmark.py"), *words]
+    return subprocess.run(script, cwd=cwd, capture_output=True, text=True)
+
+
+def test_script_writes_a_table_and_all_times(tmp_path):
+    words = ["inference", "--config-file", "quick_start", "--image-size", "64", "96"]
+    words += ["--models", "GN+WS", "FrozenBN, AMP", "--turns", "1", "--runs", "2", "--opts", *TINY]
+    done = run_script(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "output" / "benchmark" / "inference.md").read_text()
+    assert text == done.stdout[:-1] and "| FrozenBN, AMP |" in text
+    record = json.loads((tmp_path / "output" / "benchmark" / "inference.json").read_text())
+    assert record["image_size"] == [64, 96] and record["opts"] == TINY
+    assert list(record["variants"]) == ["GN+WS", "FrozenBN, AMP"]
+    for measured in record["variants"].values():
+        assert len(measured["seconds"]["inference"]) == 2
+        assert 10 * 2**20 < measured["memory_bytes"] < 2**30
+        assert measured["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["ops", "--config-file", "gone.yaml"], "--config-file gone.yaml: "),
+        (
+            ["dataloader", "--opts", "DATASETS.TRAIN", "('mine',)"],
+            "DATASETS.TRAIN names mine, which is not registered",
+        ),
+    ],
+)
+def test_mistake_in_the_config_is_told_once(tmp_path, words, message):
+    done = run_script(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"benchmark.py: error: {message}")
+
+
+@pytest.mark.parametrize("variant", ["GN+WS, AMP", "GN", "GN+WS, reference", "FrozenBN, AMP"])
+def test_memory_is_kept_where_entry_points_keep_it(monkeypatch, capsys, variant):
+    kept = []
+    monkeypatch.setattr(benchmark_variants, "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr(benchmark_variants, "prepare_model", lambda *_: {"train": lambda: None})
+    args = arguments("train", "--config-file", "quick_start", "--runs", "3")
+    monkeypatch.setattr(sys, "argv", ["benchmark_variants.py", variant, json.dumps(vars(args))])
+    with monkeypatch.context() as m:
+        m.setattr(sys, "stdout", sys.stdout)  # to be restored
+        benchmark_variants.main()
+    assert len(json.loads(capsys.readouterr().out)["seconds"]["train"]) == 3
+    assert kept == [True] * (variant in ("GN+WS, AMP", "GN"))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_models_give_the_same_outputs(train):
+    cfg = model_zoo.get_config("mask_rcnn_R50_gnws_2x")
+    cfg.MODEL.DEVICE = "cpu"
+    inputs = benchmark_variants.make_inputs(cfg, [96, 128], 1)
+    models = {name: benchmark_variants.build_variant(cfg, name, train, inputs) for name in MODELS}
+    assert all(model.training == train for model in models.values())
+    image = (inputs[0]["image"][None] - models["GN"].pixel_mean) / models["GN"].pixel_std
+    with torch.no_grad():
+        features = {name: m.backbone(image)["p3"] for name, m in models.items()}
+    expected = features["GN, Detectron2"]
+    for name in ("GN+WS", "GN", "GN+WS, reference"):
+        assert (features[name] - expected).norm() < 1e-3 * expected.norm()
+    # Frozen BN with the statistics of this image: activations as large as those of the others.
+    assert 0.1 < features["FrozenBN"].std() / expected.std() < 10
+    kinds = {n: {type(m) for m in model.modules()} for n, model in models.items()}
+    standardized = [n for n in kinds if WSConv2d in kinds[n]]
+    assert standardized == ["GN+WS"] * train + ["GN+WS, reference"]
+
+
+@pytest.mark.parametrize("variant", ALL_MODELS)
+def test_training_step_computes_gradients_and_keeps_the_weights(variant, monkeypatch):
+    cfg = load_config("quick_start", TINY)
+    models = []
+    build = benchmark_variants.build_variant
+    monkeypatch.setattr(
+        benchmark_variants, "build_variant", lambda *args: models.append(build(*args)) or models[0]
+    )
+    args = arguments("train", "--image-size", "64", "64")
+    (step,) = benchmark_variants.prepare_model(cfg, variant, args).values()
+    before = {name: p.clone() for name, p in models[0].named_parameters()}
+    gradients = []
+    models[0].backbone.fpn_output2.weight.register_hook(gradients.append)
+    step()
+    assert len(gradients) == 1 and 0 < gradients[0].abs().max() < torch.inf
+    assert all(torch.equal(p, before[name]) for name, p in models[0].named_parameters())
+
+
+@pytest.mark.parametrize("variant", benchmark.OTHERS["ops"])
+def test_operations_run_at_all_shapes(variant):
+    args = arguments("ops", "--image-size", "64", "64")
+    parts = benchmark_variants.prepare_ops(load_config("quick_start", []), variant, args)
+    assert "weight standardization" in parts and len(parts) == 7
+    for run in parts.values():
+        run()
+
+
+@pytest.mark.parametrize("variant", benchmark.OTHERS["dataloader"])
+def test_mappers_map_every_image(variant, photographs, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(cv2, "setNumThreads", lambda n: None)
+    register_coco_datasets([["fruits_nuts", str(photographs.json_file), str(photographs.images)]])
+    mapped = []
+    mapper_class = getattr(benchmark_variants, variant)
+    monkeypatch.setattr(mapper_class, "__call__", lambda self, record: mapped.append(record))
+    cfg = load_config("quick_start", ["DATASETS.TRAIN", "('fruits_nuts',)"])
+    parts = benchmark_variants.prepare_mapper(cfg, variant, argparse.Namespace())
+    assert list(parts) == ["18 images, training", "18 images, test"]
+    for run in parts.values():
+        run()
+    assert len(mapped) == 36
+
+
+def test_inputs_have_objects_inside_the_image():
+    cfg = model_zoo.get_config("quick_start")
+    for x in benchmark_variants.make_inputs(cfg, [80, 120], 2):
+        boxes = x["instances"].gt_boxes
+        assert x["image"].shape == (3, 80, 120)
+        assert boxes.inside_box((80, 120)).all() and boxes.nonempty().all()
+        assert x["instances"].gt_classes.max() < cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        assert x["instances"].gt_masks.nonempty().all()
