@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
-ROOT = Path(__file__).parent.parent
 # In this order: the README trains the model that the others use.
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
-PROGRAMS = ("python ", "torchrun ", "sbatch ")
+PROGRAMS = ("python ", "torchrun ", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ", "sbatch ")
 # Run by .ci/run, and it itself with all tests.
 CI_COMMANDS = ["bash tools/quick_start.sh", "bash tools/run_tests.sh"]
 CI_COMMANDS += ["ruff check", "ruff format --check", "mypy"]
@@ -34,14 +34,13 @@ exec bash "$@"
 """,
     "srun": """
 while [ "${1#--}" != "$1" ]; do shift; done
-SLURM_NODEID=0 exec "$@"
+exec "$@"
 """,
     "scontrol": 'echo "$3"',
 }
 # What is out of reach of a test, and stands for it.
 OUT_OF_REACH = {
     "gnws://mask_rcnn_R50_gnws_2x": "output/model_final.pth",
-    "output/before output/after": "output output",
     "python tools/reproduce_table.py": "python tools/reproduce_table.py --models "
     "mask_rcnn_R50_gnws_2x --opts MODEL.WEIGHTS output/model_final.pth MODEL.DEVICE cpu "
     "INPUT.MIN_SIZE_TEST 64 DATALOADER.NUM_WORKERS 0 MODEL.RPN.POST_NMS_TOPK_TEST 20",
@@ -110,12 +109,17 @@ def test_commands_and_python_run_in_order(checkout):
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     first = None
-    for command in commands():
+    # Training first: it writes the model that the others use.
+    for command in sorted(commands(), key=lambda command: "train_net.py" not in command):
         if not command.startswith(PROGRAMS):
             continue
         for there, here in (ON_CPUS | ON_ONE_MACHINE | OUT_OF_REACH).items():
             command = command.replace(there, here.replace("{port}", port))
+        if "tools/benchmark.py" in command:
+            command = re.sub(r" --(turns|runs) \d+", "", command)
         words = shlex.split(command)
+        if "=" in words[0]:
+            words.insert(0, "env")
         if "train_net.py" in words or "tools/slurm.sh" in words:
             # There is no network to get the ImageNet weights from.
             words += SMALL + ([] if "MODEL.WEIGHTS" in words else ["MODEL.WEIGHTS", ""])
@@ -135,7 +139,7 @@ def test_commands_and_python_run_in_order(checkout):
         run(words, checkout, status, beside=first if "--machine-rank 1" in command else None)
     assert first
     for work in ("ops", "inference", "train", "dataloader"):
-        for suffix in (".md", ".json", ".png"):
+        for suffix in (".md", ".json"):
             assert (checkout / "output" / "benchmark" / f"{work}{suffix}").stat().st_size > 0
     for code in code_blocks("python"):
         run([sys.executable, "-c", code], checkout)

@@ -4,15 +4,13 @@ import hashlib
 import json
 import shutil
 import time
-from pathlib import Path
 
 import nbformat
 import pytest
 import torch
-from conftest import mmdet_state
+from conftest import ROOT, mmdet_state
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "notebooks" / "quick_start.ipynb"
 NAME = "mask_rcnn_R50_gnws_2x"
 # The published weights are out of reach of a test: seeded ones of the same file format stand for
