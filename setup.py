@@ -41,6 +41,7 @@ setup(
             "nbformat",
             "playwright",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "types-PyYAML",
         ],

@@ -78,7 +78,7 @@ def decode(boxes, deltas, image_size):
     return torch.cat(corners, dim=-1)
 
 
-def proposals(pyramid, state, image_size):
+def proposals(pyramid, state, image_size, num_proposals):
     boxes, scores, levels = [], [], []
     for level, x in enumerate(pyramid):
         stride = 4 * 2**level
@@ -99,7 +99,7 @@ def proposals(pyramid, state, image_size):
     boxes, scores, levels = torch.cat(boxes), torch.cat(scores), torch.cat(levels)
     valid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
     boxes, scores, levels = boxes[valid], scores[valid], levels[valid]
-    return boxes[batched_nms(boxes, scores, levels, 0.7)[:1000]]
+    return boxes[batched_nms(boxes, scores, levels, 0.7)[:num_proposals]]
 
 
 def pool(pyramid, boxes, size):
@@ -120,14 +120,14 @@ def head_convs(x, state, name):
     return x
 
 
-def detect(image, state):
+def detect(image, state, num_proposals=1000):
     """
     (3, H, W) RGB image of 0..255 -> {"features", "boxes" (N, 4), "scores", "classes", "masks"},
     boxes in the image's pixels, masks as (N, 28, 28) probabilities.
     """
     size = image.shape[-2:]
     pyramid = features(image, state)
-    rois = proposals(pyramid, state, size)
+    rois = proposals(pyramid, state, size, num_proposals)
     x = head_convs(pool(pyramid, rois, 7), state, "roi_head.bbox_head.shared_convs")
     x = linear(x.flatten(1), state, "roi_head.bbox_head.shared_fcs.0").relu()
     scores = linear(x, state, "roi_head.bbox_head.fc_cls").softmax(dim=1)[:, :-1]

@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 floor=(torch==2.4.1 torchvision==0.19.1 numpy==1.26.4 opencv-python==4.11.0.86)
 others=(black cloudpickle fvcore hydra-core hypothesis iopath matplotlib omegaconf packaging pillow
-    pycocotools pytest setuptools tabulate tensorboard termcolor tqdm yacs)
+    pycocotools pytest pytest-xdist setuptools tabulate tensorboard termcolor tqdm yacs)
 
 venv=$PWD/.venv-floor
 python=$venv/bin/python
@@ -31,4 +31,5 @@ rm -rf "$site/detectron2"
 cp -r "$source/detectron2" "$site/"
 rm -f "$site"/detectron2/_C*.so # compiled against another PyTorch
 cp -r "$source/configs" "$site/detectron2/model_zoo/"
-exec "$python" -m pytest tests/layers tests/modeling tests/checkpoint "$@"
+OMP_NUM_THREADS=1 "$python" -m pytest -n 2 --dist worksteal \
+    tests/layers tests/modeling tests/checkpoint "$@"

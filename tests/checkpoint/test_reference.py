@@ -33,14 +33,18 @@ def assert_same_detections(
 @pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 )
-@pytest.mark.parametrize("photograph", ["0.jpg", pytest.param("7.jpg", marks=pytest.mark.slow)])
-def test_features_and_detections_agree(name, photograph, photographs, tmp_path):
+@pytest.mark.parametrize(
+    "photograph, num_proposals",
+    [("0.jpg", 200), pytest.param("7.jpg", 1000, marks=pytest.mark.slow)],
+)
+def test_features_and_detections_agree(name, photograph, num_proposals, photographs, tmp_path):
     state = mmdet_state(name)
     torch.save({"meta": {}, "state_dict": state}, tmp_path / "published.pth")
     cfg = model_zoo.get_config(name)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.WEIGHTS = str(tmp_path / "published.pth")
     cfg.INPUT.MIN_SIZE_TEST = SIZE
+    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = num_proposals
     predictor = Predictor(cfg)
 
     original = cv2.imread(str(photographs.images / photograph))
@@ -49,7 +53,7 @@ def test_features_and_detections_agree(name, photograph, photographs, tmp_path):
     image = cv2.resize(original, shape, interpolation=cv2.INTER_LINEAR)
     image = torch.from_numpy(np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1)))
     with torch.no_grad():
-        expected = reference.detect(image, state)
+        expected = reference.detect(image, state, num_proposals)
         model = predictor.model
         features = model.backbone(model.preprocess_image([{"image": image}]).tensor)
         (resized,) = model.inference([{"image": image}], do_postprocess=False)

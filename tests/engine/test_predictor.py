@@ -29,6 +29,7 @@ def get_config(name, weights):
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.WEIGHTS = str(weights)
     cfg.INPUT.MIN_SIZE_TEST = 200
+    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 100
     return cfg
 
 
@@ -86,8 +87,8 @@ def test_every_way_to_load_gives_the_same(
         "train_net.py", "--eval-only", "--config-file", model_zoo.get_config_file(name),
         "--dataset", dataset, str(tmp_path / "one.json"), str(photographs.images),
         "DATASETS.TEST", f"('{dataset}',)", "MODEL.WEIGHTS", str(path), "MODEL.DEVICE", "cpu",
-        "INPUT.MIN_SIZE_TEST", "200", "OUTPUT_DIR", str(tmp_path / "out"),
-        "DATALOADER.NUM_WORKERS", "0",
+        "INPUT.MIN_SIZE_TEST", "200", "MODEL.RPN.POST_NMS_TOPK_TEST", "100",
+        "OUTPUT_DIR", str(tmp_path / "out"), "DATALOADER.NUM_WORKERS", "0",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", argv)
     train_net.invoke_main()

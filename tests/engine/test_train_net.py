@@ -134,7 +134,7 @@ def test_two_processes_train_and_evaluate_every_image(fruits, tmp_path):
     assert {"bbox/AP", "segm/AP"} <= ap.keys()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.ci)])
 def test_truncated_image_stops_training_with_its_name(photographs, tmp_path, processes):
     coco = photographs.coco()
     images = tmp_path / "images"
@@ -156,6 +156,7 @@ def test_truncated_image_stops_training_with_its_name(photographs, tmp_path, pro
     assert str(images) in error and error.count(".jpg") == 1
 
 
+@pytest.mark.ci
 def test_sigterm_leaves_a_checkpoint_from_which_other_processes_go_on(fruits, tmp_path):
     """With half the batch, twice as many iterations are done, and twice as many are to do."""
     options, keys = fruits

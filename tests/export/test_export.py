@@ -23,7 +23,7 @@ from gnws_d2.utils.errors import RunError, UserError
 
 TOOL = str(Path(__file__).parent.parent.parent / "tools" / "export_model.py")
 NETWORKS = {
-    name: "ci" if name in ("faster_rcnn_X50_32x4d_gnws_1x", "mask_rcnn_R50_gnws_2x") else "slow"
+    name: "ci" if name == "mask_rcnn_X50_32x4d_gnws_2x" else "slow"
     for name in model_zoo.names()[:8]
 }
 

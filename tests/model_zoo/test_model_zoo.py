@@ -61,7 +61,8 @@ def test_default_predictor_runs_on_a_photograph(photographs):
     cfg = model_zoo.get_config("mask_rcnn_R50_gnws_2x")
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.WEIGHTS = ""
-    cfg.INPUT.MIN_SIZE_TEST = 320
+    cfg.INPUT.MIN_SIZE_TEST = 200
+    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 100
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
     image = cv2.imread(str(photographs.images / "0.jpg"))
     instances = DefaultPredictor(cfg)(image)["instances"]

@@ -63,6 +63,7 @@ def test_detections_do_not_depend_on_the_kernels(photographs, tmp_path):
         cfg.MODEL.WEIGHTS = str(tmp_path / "mmdet.pth")
         cfg.MODEL.GNWS.KERNELS = kernels
         cfg.INPUT.MIN_SIZE_TEST = 200
+        cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 100
         predictor = Predictor(cfg)
         kinds = {type(m) for m in predictor.model.modules()}
         assert (GroupNorm in kinds) == (kernels == "auto")
