@@ -37,7 +37,12 @@ class Machine:
             self.run = subprocess.Popen(
                 ["ip", "netns", "exec", self.name, *named, *command],
                 cwd=cwd, stdout=out, stderr=out,
-                env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+                # Two machines share the cores of one.
+                env={
+                    **os.environ,
+                    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+                    "OMP_NUM_THREADS": "1",
+                },
             )  # fmt: skip
 
     def pids(self):
