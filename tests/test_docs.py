@@ -156,3 +156,7 @@ def test_links_to_files_exist():
     links = [(p, link) for p in PAGES for link in re.findall(r"\]\(([^)#:]+)\)", p.read_text())]
     assert len(links) > 30
     assert [link for page, link in links if not (page.parent / link).exists()] == []
+
+
+def test_no_page_is_empty():
+    assert [page for page in PAGES if len(page.read_text().splitlines()) < 5] == []
