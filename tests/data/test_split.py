@@ -1,0 +1,66 @@
+import copy
+
+import pytest
+
+from gnws_d2.data.split import split_dataset, unify_classes
+
+
+def make_coco(classes_of_images, names=("a", "b", "c")):
+    images = [{"id": i} for i in range(len(classes_of_images))]
+    annotations = [
+        {"image_id": i, "category_id": c} for i, cs in enumerate(classes_of_images) for c in cs
+    ]
+    categories = [{"id": i, "name": name} for i, name in enumerate(names)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def classes(coco):
+    return {a["category_id"] for a in coco["annotations"]}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_each_class_is_on_both_sides_if_it_has_two_images(seed):
+    coco = make_coco([[0]] * 20 + [[1], [1, 0], [2]])
+    splits = split_dataset(coco, seed=seed)
+    ids = {name: {i["id"] for i in s["images"]} for name, s in splits.items()}
+    assert ids["train"] | ids["val"] == set(range(23)) and not ids["train"] & ids["val"]
+    assert len(ids["val"]) == 5  # a fifth
+    assert {0, 1} <= classes(splits["train"]) and {0, 1} <= classes(splits["val"])
+    assert 2 in classes(splits["train"])  # its only image is for training
+    for split in splits.values():
+        kept = {i["id"] for i in split["images"]}
+        assert {a["image_id"] for a in split["annotations"]} <= kept
+
+
+def test_split_is_the_same_for_the_same_seed():
+    coco = make_coco([[0]] * 50)
+    assert split_dataset(coco) == split_dataset(copy.deepcopy(coco))
+    assert split_dataset(coco) != split_dataset(coco, seed=1)
+
+
+def test_smallest_splits():
+    assert [len(s["images"]) for s in split_dataset(make_coco([[0], [0]])).values()] == [1, 1]
+    with pytest.raises(ValueError, match="one image"):
+        split_dataset(make_coco([[0]]))
+
+
+def test_classes_are_the_same_by_name_and_those_without_objects_are_left_out(caplog):
+    """Roboflow's exports have a parent class of id 0 without objects."""
+    train = make_coco([[1], [2]], names=("fruit", "fig", "date"))
+    val = make_coco([[0], [1]], names=("date", "fig"))
+    unify_classes({"train": train, "val": val})
+    expected = [{"id": 1, "name": "fig"}, {"id": 2, "name": "date"}]
+    assert train["categories"] == val["categories"] == expected
+    assert [a["category_id"] for a in train["annotations"]] == [1, 2]
+    assert [a["category_id"] for a in val["annotations"]] == [2, 1]
+
+
+def test_class_of_the_second_split_alone_gets_a_new_id():
+    train = make_coco([[0]], names=("fig",))
+    val = make_coco([[0], [1]], names=("kiwi", "fig"))
+    unify_classes({"train": train, "val": val})
+    assert [c["name"] for c in train["categories"]] == ["fig", "kiwi"]
+    assert len({c["id"] for c in train["categories"]}) == 2
+    assert [a["category_id"] for a in val["annotations"]] == [
+        train["categories"][1]["id"], train["categories"][0]["id"],
+    ]  # fmt: skip
