@@ -15,6 +15,7 @@ from torch import distributed as dist
 
 import gnws_d2  # noqa: F401  (registers the models and the built-in data)
 from gnws_d2.checkpoint import GNWSCheckpointer
+from gnws_d2.data.coco import dataset_classes
 from gnws_d2.engine import (
     Trainer,
     check_setup,
@@ -33,19 +34,18 @@ def main(args: argparse.Namespace) -> dict | None:
 
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        GNWSCheckpointer(model, cfg.OUTPUT_DIR, strict=True).resume_or_load(
-            cfg.MODEL.WEIGHTS, resume=args.resume
-        )
+        classes = dataset_classes(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else None
+        checkpointer = GNWSCheckpointer(model, cfg.OUTPUT_DIR, strict=True, classes=classes)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         return Trainer.test(cfg, model)
 
-    trainer = Trainer(cfg, args.config_file)
+    trainer = Trainer(cfg, args.config_file, getattr(args, "choices", ()))
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 
 
-@exit_on_user_error
-def invoke_main() -> None:
-    args = train_argument_parser().parse_args()
+def run(args: argparse.Namespace) -> None:
+    """Check a job, and launch :func:`main`."""
     cfg = get_config(args)
     check_setup(cfg, args)
     with lock_output_dir(cfg, args):
@@ -63,6 +63,11 @@ def invoke_main() -> None:
                 args=(args,),
                 timeout=timedelta(seconds=cfg.DISTRIBUTED.TIMEOUT),
             )
+
+
+@exit_on_user_error
+def invoke_main() -> None:
+    run(train_argument_parser().parse_args())
 
 
 if __name__ == "__main__":

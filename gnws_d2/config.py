@@ -1,12 +1,16 @@
 """The config keys of this project, beside Detectron2's own, and how a config file is read."""
 
 import difflib
+import logging
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.config.defaults import _C
 
 from .utils.errors import UserError
 
@@ -14,11 +18,24 @@ CONFIG_DIR = Path(__file__).parent / "model_zoo" / "configs"
 
 
 def add_gnws_config(cfg: CfgNode) -> None:
-    """Add the keys below to `cfg`. The models also build from configs without them."""
+    """
+    Add the keys below to `cfg`. The models also build from configs without them. Importing this
+    package adds them to Detectron2's defaults, so that ``get_cfg()`` has them.
+    """
+    if "GNWS" in cfg.MODEL:
+        return
     cfg.MODEL.GNWS = CfgNode()
     # "auto": the fastest implementation on the device of the weights. "reference": PyTorch's own
     # operators one by one. Both give the same results to rounding.
     cfg.MODEL.GNWS.KERNELS = "auto"
+
+    # Whether training keeps only the inputs of the ResNet's blocks, and computes the rest again in
+    # the backward pass: less memory, more time, the same gradients.
+    cfg.MODEL.BACKBONE.ACTIVATION_CHECKPOINTING = False
+
+    # Datasets in COCO format to register, (name, annotation file, image directory) each: those of
+    # --dataset.
+    cfg.DATASETS.COCO = ()
 
     # What training does with an image that is missing, damaged or not of the stated size: "stop",
     # or "skip": train on another image instead, log the file once, count.
@@ -30,6 +47,18 @@ def add_gnws_config(cfg: CfgNode) -> None:
     # What training does with a loss or gradient that is infinite or NaN: "stop", or "skip": leave
     # the weights unchanged in this iteration and count; three in a row stop.
     cfg.SOLVER.ON_NON_FINITE = "stop"
+
+    # The number of forward and backward passes of a process in an iteration, each with its share of
+    # the images and in its own memory. The gradients are those of as many processes.
+    cfg.SOLVER.ACCUMULATE_STEPS = 1
+    # Of SOLVER.AMP: "float16", with a gradient scaler, or "bfloat16".
+    cfg.SOLVER.AMP.PRECISION = "float16"
+
+    # Whether each evaluation of TEST.EVAL_PERIOD also computes the losses on DATASETS.TEST.
+    cfg.TEST.VALIDATION_LOSS = False
+
+    # The number of evaluations without a better AP after which training ends; 0 for never.
+    cfg.SOLVER.PATIENCE = 0
 
     cfg.DISTRIBUTED = CfgNode()
     # Seconds that a process waits for the others in a collective. Has to exceed the time that the
@@ -44,6 +73,10 @@ def add_gnws_config(cfg: CfgNode) -> None:
     # WANDB_ENTITY and WANDB_MODE.
     cfg.WANDB = CfgNode()
     cfg.WANDB.PROJECT = ""
+
+
+STOCK_CONFIG = get_cfg()
+add_gnws_config(_C)
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -70,23 +103,25 @@ def flatten_config(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def load_config(config_file: str, opts: list[str]) -> CfgNode:
+def load_config(
+    config_file: str, opts: list[str], datasets: Sequence[Sequence[str]] = ()
+) -> CfgNode:
     """
     Read a config file without running code that it may contain.
 
     Args:
-        config_file: path of a YAML file, or the name of a config in ``configs/``.
+        config_file: see :func:`find_config_file`.
         opts: KEY VALUE pairs that override it.
+        datasets: those of ``--dataset``, to add to ``DATASETS.COCO``.
 
     Returns:
         A frozen config.
 
     Raises:
-        UserError: for a config file, key or value that Detectron2 rejects; or for precomputed
-            proposals, which Detectron2 reads as pickles.
+        UserError: for a config file, key or value that Detectron2 rejects; for a dataset that no
+            key names; or for precomputed proposals, which Detectron2 reads as pickles.
     """
     cfg = get_cfg()
-    add_gnws_config(cfg)
     config_file = find_config_file(config_file)
     try:
         cfg.merge_from_file(config_file, allow_unsafe=False)
@@ -103,17 +138,46 @@ def load_config(config_file: str, opts: list[str]) -> CfgNode:
             "MODEL.LOAD_PROPOSALS is set: proposal files are pickles, which can run code when "
             "loaded. Set it to False."
         )
+    for name, *_ in datasets:
+        if name not in [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]:
+            raise UserError(
+                f"--dataset {name} is neither in DATASETS.TRAIN nor in DATASETS.TEST, so it would "
+                f"not be used: add DATASETS.TRAIN \"('{name}',)\" or DATASETS.TEST \"('{name}',)\"."
+            )
+    by_name = {name: (name, *map(_absolute, paths)) for name, *paths in datasets}
+    recorded = {dataset[0]: tuple(dataset) for dataset in cfg.DATASETS.COCO}
+    cfg.DATASETS.COCO = tuple((recorded | by_name).values())
     cfg.freeze()
     return cfg
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
+
+
+def choose_device(cfg: CfgNode) -> None:
+    """Set ``MODEL.DEVICE`` to "cpu", and log it, if it is a GPU and PyTorch finds none."""
+    if cfg.MODEL.DEVICE == "cpu" or torch.cuda.is_available():
+        return
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    logging.getLogger(__name__).info("PyTorch finds no GPU: MODEL.DEVICE is cpu.")
+    if frozen:
+        cfg.freeze()
 
 
 def find_config_file(path_or_name: str) -> str:
     """
     Returns:
-        The path of a config file that is given by its path or by its name in ``configs/``.
+        The path of a config file that is given by its path, or from any directory as
+        ``configs/NAME.yaml`` or NAME.
     """
-    by_name = CONFIG_DIR / f"{path_or_name}.yaml"
-    return path_or_name if os.path.exists(path_or_name) or not by_name.is_file() else str(by_name)
+    name = re.fullmatch(r"(?:configs/)?([\w-]+)(?:\.yaml)?", path_or_name)
+    by_name = CONFIG_DIR / f"{name[1]}.yaml" if name else None
+    if os.path.exists(path_or_name) or not (by_name and by_name.is_file()):
+        return path_or_name
+    return str(by_name)
 
 
 def _describe_error(error: Exception, cfg: CfgNode) -> str:

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import logging
 import os
 import threading
 import time
@@ -26,6 +27,9 @@ settings.register_profile(
     suppress_health_check=list(HealthCheck),
 )
 settings.load_profile("short")
+
+# Handlers that a test has set up write to its captured stdout, which is closed after it.
+logging.raiseExceptions = False
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "tests" / "assets"

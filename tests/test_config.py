@@ -3,10 +3,13 @@
 import re
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
+from detectron2.config import get_cfg
 
-from gnws_d2.config import load_config
+from gnws_d2 import model_zoo
+from gnws_d2.config import add_gnws_config, choose_device, load_config
 from gnws_d2.utils.errors import UserError
 
 QUICK_START = str(ROOT / "configs" / "quick_start.yaml")
@@ -24,6 +27,58 @@ def test_config_goes_by_its_name_in_the_zoo_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "quick_start").write_text("SEED: 7")
     assert load_config("quick_start", []).SEED == 7
+
+
+def test_our_configs_go_by_their_paths_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("configs/quick_start.yaml", "quick_start.yaml", "quick_start"):
+        assert load_config(name, []) == load_config(QUICK_START, [])
+    assert "does not exist" in fails("configs/gone.yaml", [])
+    assert "does not exist" in fails("other/quick_start.yaml", [])
+    assert model_zoo.get_config(QUICK_START).SEED == 1
+
+
+def test_config_of_a_run_goes_into_detectron2s_get_cfg(tmp_path):
+    (tmp_path / "config.yaml").write_text(load_config("quick_start", []).dump())
+    cfg = get_cfg()
+    cfg.merge_from_file(str(tmp_path / "config.yaml"))
+    assert cfg.DISTRIBUTED.TIMEOUT == 1800
+    add_gnws_config(cfg)  # as with other projects: nothing more to do
+
+
+def test_datasets_of_the_command_line_are_recorded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["DATASETS.TRAIN", "('a',)", "DATASETS.TEST", "('b', 'c')"]
+    datasets = [["a", "a.json", "images"], ["b", "http://x/b.json", "/images"]]
+    cfg = load_config(QUICK_START, names, datasets)
+    recorded = (("a", f"{tmp_path}/a.json", f"{tmp_path}/images"), tuple(datasets[1]))
+    assert cfg.DATASETS.COCO == recorded
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    monkeypatch.chdir("/")
+    again = load_config(str(tmp_path / "config.yaml"), [], [["b", "/moved.json", "/images"]])
+    assert tuple(map(tuple, again.DATASETS.COCO)) == (
+        recorded[0], ("b", "/moved.json", "/images")
+    )  # fmt: skip
+
+
+def test_dataset_that_no_key_names_is_an_error():
+    error = fails(QUICK_START, [], [["mine", "a.json", "images"]])
+    assert "--dataset mine is neither in DATASETS.TRAIN nor in DATASETS.TEST" in error
+    assert "DATASETS.TRAIN \"('mine',)\"" in error
+
+
+def test_cpu_is_chosen_where_there_is_no_gpu(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    cfg = load_config("mask_rcnn_R50_gnws_2x", [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    choose_device(cfg)
+    assert cfg.MODEL.DEVICE == "cuda" and not caplog.text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    choose_device(cfg)
+    assert cfg.MODEL.DEVICE == "cpu" and cfg.is_frozen()
+    choose_device(cfg)
+    assert caplog.text.count("PyTorch finds no GPU: MODEL.DEVICE is cpu.") == 1
+    assert model_zoo.get_config("mask_rcnn_R50_gnws_2x").MODEL.DEVICE == "cpu"
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,10 @@ def argument_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("work", choices=["ops", "inference", "train", "dataloader"])
     add("--config-file", default="mask_rcnn_R50_gnws_2x", metavar="FILE")
-    names = f"of inference and train: {'; '.join(MODELS)}; each also with ', AMP' (default: all)"
-    add("--models", nargs="+", choices=ALL_MODELS, default=ALL_MODELS, metavar="NAME", help=names)
+    names = (
+        f"of inference and train: {'; '.join(MODELS)}; each also with ', AMP' (default: without)"
+    )
+    add("--models", nargs="+", choices=ALL_MODELS, default=MODELS, metavar="NAME", help=names)
     add("--image-size", type=int, nargs=2, default=[800, 1333], metavar=("H", "W"))
     add("--batch-size", type=int, help="default: 1, or 2 for train")
     add("--turns", type=int, default=3, help="of each variant (default: 3)")

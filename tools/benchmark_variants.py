@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from gnws_d2.config import load_config
 from gnws_d2.data import OpenCVDatasetMapper, register_coco_datasets
 from gnws_d2.data.coco import check_registered
-from gnws_d2.engine.checks import check_device
+from gnws_d2.engine.checks import check_device, check_precision
 from gnws_d2.engine.run_record import describe_machine
 from gnws_d2.export.fold import STOCK_NAMES
 from gnws_d2.layers import (
@@ -200,9 +200,11 @@ def main() -> None:
     variant, args = sys.argv[1], argparse.Namespace(**json.loads(sys.argv[2]))
     results, sys.stdout = sys.stdout, sys.stderr  # for what others print
     sys.argv = ["benchmark.py"]  # for errors
-    register_coco_datasets(args.dataset)
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, args.dataset)
+    register_coco_datasets(cfg.DATASETS.COCO)
     cuda = cfg.MODEL.DEVICE != "cpu" and args.work != "dataloader"
+    if variant.endswith(", AMP"):
+        check_precision(cfg.MODEL.DEVICE, "float16" if cuda else "bfloat16")
     if cuda:
         check_device(cfg)
     elif args.work == "ops" or variant.removesuffix(", AMP") in ("GN+WS", "GN"):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """
 Detect objects in images or a video: draw them, and write them as COCO JSON. This is Detectron2's
-demo, with `--model` for the published models. The exit status is 1 if an input cannot be read.
+demo, with `--model` for trained models. The exit status is 1 if an input cannot be read.
 """
 
 import argparse
@@ -14,7 +14,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--config-file", metavar="FILE", help="config of the model")
-    model.add_argument("--model", metavar="NAME", help="published model: config and weights")
+    text = "trained model: OUTPUT_DIR of a run, a checkpoint in it, or name of a published model"
+    model.add_argument("--model", metavar="MODEL", help=text)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="PATH", help="images, directories, patterns")
     source.add_argument("--video-input", metavar="FILE", help="video file")
@@ -27,6 +28,10 @@ def main() -> None:
     text = "minimum score of a detection, from 0 to 1 (default: 0.5)"
     parser.add_argument(
         "--confidence-threshold", type=float, default=0.5, metavar="SCORE", help=text
+    )
+    parser.add_argument("--no-labels", action="store_true", help="draw no names and scores")
+    parser.add_argument(
+        "--no-boxes", action="store_true", help="draw masks alone, if there are any"
     )
     add_dataset_argument(parser)
     text = "config KEY VALUE pairs, at the end"

@@ -19,13 +19,14 @@ def main() -> None:
     # Imported late so that --help does not wait for PyTorch.
     from detectron2.utils.logger import setup_logger
 
-    from gnws_d2.config import load_config
+    from gnws_d2.config import choose_device, load_config
     from gnws_d2.export import export_model
     from gnws_d2.utils.errors import exit_on_user_error
 
     @exit_on_user_error
     def export() -> None:
         cfg = load_config(args.config_file, args.opts)
+        choose_device(cfg)
         export_model(cfg, args.format, args.output, args.images)
 
     setup_logger(name="gnws_d2")

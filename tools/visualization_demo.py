@@ -11,20 +11,23 @@ from typing import Any
 
 import cv2
 import numpy as np
-from detectron2.data import MetadataCatalog
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.utils.video_visualizer import VideoVisualizer
 from tqdm import tqdm
 
-from gnws_d2 import Predictor, model_zoo
-from gnws_d2.config import load_config
+from gnws_d2 import Predictor
+from gnws_d2.config import choose_device, load_config
 from gnws_d2.data import read_image, register_coco_datasets
-from gnws_d2.data.check import read_categories
-from gnws_d2.data.coco import check_num_classes, check_registered
+from gnws_d2.data.coco import (
+    check_num_classes,
+    check_registered,
+    class_metadata,
+    dataset_classes,
+)
 from gnws_d2.data.dataset_mapper import IMAGE_SUFFIXES, BadImageError
+from gnws_d2.engine.predictor import find_trained
 from gnws_d2.utils.errors import UserError, print_error
 from gnws_d2.utils.files import atomic_write
-from gnws_d2.utils.label_visualizer import LabelVisualizer, arrange_labels
+from gnws_d2.utils.label_visualizer import LabelVisualizer
 from gnws_d2.utils.process import keep_freed_memory
 
 _MIN_WIDTH = 320  # pixels; smaller images are enlarged so that labels can be read
@@ -35,47 +38,45 @@ class VisualizationDemo:
     """Run a model on images or frames, draw its detections, and collect them as a COCO dataset."""
 
     def __init__(self, args: argparse.Namespace):
-        register_coco_datasets(args.dataset)
         opts = [*args.opts, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", args.confidence_threshold]
         if args.model:
-            if args.model not in model_zoo.names():
-                raise UserError(f"--model {args.model}: choose {', '.join(model_zoo.names())}.")
-            opts = ["MODEL.WEIGHTS", model_zoo.get_checkpoint_url(args.model), *opts]
-        cfg = load_config(args.config_file or model_zoo.get_config_file(args.model), opts)
-        if not cfg.DATASETS.TEST:
-            raise UserError("DATASETS.TEST is empty: name the dataset whose classes the model has.")
-        name = cfg.DATASETS.TEST[0]
-        check_registered("TEST", name)
-        self.metadata = metadata = MetadataCatalog.get(name)
-        if metadata.get("thing_classes") is None:
-            # Only the classes are needed: images and annotations may be missing.
-            classes = read_categories(metadata.json_file)
-            metadata.thing_classes = list(classes.values())
-            metadata.thing_dataset_id_to_contiguous_id = {id: i for i, id in enumerate(classes)}
-        check_num_classes(cfg, name, metadata.thing_classes)
+            cfg = find_trained(args.model, opts, args.dataset)
+        else:
+            cfg = load_config(args.config_file, opts, args.dataset)
+            register_coco_datasets(cfg.DATASETS.COCO)
+            choose_device(cfg)
         self.predictor = Predictor(cfg)
-        self.video_visualizer = VideoVisualizer(metadata)
+        self.metadata = metadata = self.predictor.metadata
+        if metadata.get("thing_classes") is None:
+            # Of a checkpoint without them. Images and annotations may be missing.
+            if not cfg.DATASETS.TEST:
+                raise UserError(
+                    "DATASETS.TEST is empty, and the checkpoint does not know its classes: name "
+                    "a dataset that has them."
+                )
+            check_registered("TEST", metadata.name)
+            metadata = class_metadata(metadata.name, dataset_classes(metadata.name))
+        check_num_classes(cfg, metadata.name, metadata.thing_classes)
+        self.draw = {"labels": not args.no_labels, "boxes": not args.no_boxes}
         ids = metadata.thing_dataset_id_to_contiguous_id  # in the order of the classes
         self.categories = [{"id": i, "name": name} for i, name in zip(ids, metadata.thing_classes)]
         self.images: list[dict[str, Any]] = []
         self.annotations: list[dict[str, Any]] = []
 
-    def run_on_image(self, image: np.ndarray, in_video: bool = False, **fields: Any) -> np.ndarray:
+    def run_on_image(self, image: np.ndarray, enlarge: bool = True, **fields: Any) -> np.ndarray:
         """
-        Draw the detections of an image, (H, W, 3), uint8, BGR. Small images are enlarged.
+        Draw the detections of an image, (H, W, 3), uint8, BGR.
 
         Args:
-            in_video: give an object the color that it had in the last image.
+            enlarge: draw a small image larger, so that labels can be read.
             fields: of the image in the COCO dataset; without any, it is not added there.
         """
         outputs: Any = self.predictor(image)
         instances = outputs["instances"].to("cpu")
         rgb, (height, width) = image[:, :, ::-1], image.shape[:2]
-        if in_video:
-            drawn = arrange_labels(self.video_visualizer.draw_instance_predictions(rgb, instances))
-        else:
-            visualizer = LabelVisualizer(rgb, self.metadata, max(1.0, _MIN_WIDTH / width))
-            drawn = visualizer.draw_instance_predictions(instances)
+        scale = max(1.0, _MIN_WIDTH / width) if enlarge else 1.0
+        visualizer = LabelVisualizer(rgb, self.metadata, scale)
+        drawn = visualizer.draw_instance_predictions(instances, **self.draw)
         if fields:
             image_id = len(self.images) + 1
             self.images.append({"id": image_id, **fields, "width": width, "height": height})
@@ -153,7 +154,7 @@ def _run_on_video(args: argparse.Namespace) -> int:
     frames = (frame for _, frame in iter(video.read, (False, None)))
     if not args.output:
         demo = VisualizationDemo(args)
-        any(_show(demo.run_on_image(frame, in_video=True), 1) for frame in frames)
+        any(_show(demo.run_on_image(frame, enlarge=False), 1) for frame in frames)
         return 0
 
     name = os.path.basename(path)
@@ -167,7 +168,7 @@ def _run_on_video(args: argparse.Namespace) -> int:
         if not writer.isOpened():
             raise UserError(f"OpenCV cannot write the video {output}: name an .mp4 or .mkv file.")
         for i, frame in enumerate(tqdm(frames, total=max(num_frames, 0), unit="frame")):
-            writer.write(demo.run_on_image(frame, in_video=True, file_name=name, frame=i))
+            writer.write(demo.run_on_image(frame, False, file_name=name, frame=i))
         writer.release()
         if not cv2.VideoCapture(part).isOpened():  # the writer reports no errors
             raise UserError(f"The video {output} could not be written: is the disk full?")

@@ -83,12 +83,25 @@ class GNWSCheckpointer(DetectionCheckpointer):
     A checkpoint to start training from may lack whole parts of the model, as a backbone does, and
     may have predictors for other classes. One to resume from must match entirely; with
     ``strict=True``, as for evaluation, any one must. Checkpoints record whether the model has
-    weight standardization; a difference is logged as a warning.
+    weight standardization; a difference is logged as a warning. They record the class names, too:
+    one to resume from or to evaluate must have the same.
     """
 
-    def __init__(self, *args: Any, strict: bool = False, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        strict: bool = False,
+        classes: dict[Any, str] | None = None,
+        **kwargs: Any,
+    ):
+        """
+        Args:
+            args, kwargs, strict: see above and :class:`DetectionCheckpointer`.
+            classes: class names by category id, in Detectron2's order. Without, those of the
+                checkpoint that is loaded.
+        """
         super().__init__(*args, **kwargs)
-        self.strict = strict
+        self.strict, self.classes = strict, classes
 
     def save(self, name: str, **kwargs: Any) -> None:
         """See :class:`DetectionCheckpointer`; raises :class:`UserError`, as on a full disk."""
@@ -96,6 +109,8 @@ class GNWSCheckpointer(DetectionCheckpointer):
             return
         data = {key: obj.state_dict() for key, obj in self.checkpointables.items()} | kwargs
         data |= {"model": self.model.state_dict(), "weight_standardization": self._standardized()}
+        if self.classes:
+            data["classes"] = self.classes
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
         save_checkpoint(data, path)
@@ -140,6 +155,7 @@ class GNWSCheckpointer(DetectionCheckpointer):
                 f"Only one of {self._path} and the model of the config has weight standardization: "
                 "the predictions will be wrong."
             )
+        self._check_classes(checkpoint.get("classes"))
         own = self.model.state_dict()
         if checkpoint.pop("matching_heuristics", False):
             # A backbone. Detectron2's heuristics would silently drop parameters without a place.
@@ -156,6 +172,18 @@ class GNWSCheckpointer(DetectionCheckpointer):
                 f"{hint if self._resume else ''}"
             )
         return incompatible
+
+    def _check_classes(self, given: dict[Any, str] | None) -> None:
+        if self.classes is None:
+            self.classes = given
+        elif given and (self.strict or self._resume):
+            names, own = (list(classes.values()) for classes in (given, self.classes))
+            if len(names) == len(own) and names != own:
+                raise UserError(
+                    f"The checkpoint {self._path} is for the classes {', '.join(names)[:200]}, but "
+                    f"the dataset has {', '.join(own)[:200]}, in this order: use a dataset with "
+                    "the classes that the model was trained on."
+                )
 
     def _find_issues(self, missing: list, unexpected: list, shapes: list) -> list[str]:
         # Detectron2 counts parameters of another shape as missing, too, and logs what is left here.

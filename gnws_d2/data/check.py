@@ -6,8 +6,8 @@ import logging
 import math
 import os
 import reprlib
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ def check_coco_json(
     masks: bool = False,
     evaluation: bool = False,
     skip_bad_images: bool = False,
+    object_limits: Mapping[str, int] = {},
 ) -> list[str]:
     """
     Check an annotation file, and that its images exist, without opening them. Log a warning for
@@ -55,6 +56,8 @@ def check_coco_json(
         masks: whether every annotation needs a segmentation.
         evaluation: whether a model is evaluated on the dataset.
         skip_bad_images: whether a missing image is only a warning.
+        object_limits: by config key, the number of objects in an image that the model can find.
+            More of them are a warning.
 
     Returns:
         The class names in the order of their ids, as Detectron2 numbers them.
@@ -63,6 +66,11 @@ def check_coco_json(
         UserError: for the first error, with the file and the id of the annotation or image.
     """
     coco = read_coco_json(json_file)
+    if _boxes_are_corners(coco):
+        raise UserError(
+            f"{json_file}: the boxes seem to be x1, y1, x2, y2, as none would be over the edge of "
+            "its image: convert them to COCO's x, y, width, height, as which many are."
+        )
     warnings = defaultdict(list)
     for issue in find_issues(coco, image_root, masks=masks):
         skipped = skip_bad_images and issue.kind == "missing image"
@@ -70,6 +78,11 @@ def check_coco_json(
             warnings[issue.kind].append(issue.message)
         elif issue.level == "error" or evaluation:
             raise UserError(f"{json_file}: {issue.message}")
+    counts = Counter(annotation["image_id"] for annotation in coco["annotations"])
+    most = max(counts.values(), default=0)
+    if low := [key for key, limit in object_limits.items() if limit < most]:
+        message = f"one of {most} objects; raise {', '.join(low)}."
+        warnings["image with more objects than the model can find"].append(message)
     for kind, messages in warnings.items():
         logging.getLogger(__name__).warning(
             f"{json_file}: {len(messages)} x {kind}; the first: {messages[0]}"
@@ -292,6 +305,21 @@ def _find_rle_issues(rle: dict[str, Any], width: int, height: int) -> Iterator[_
         mask_util.decode(rle)
     except (KeyError, TypeError, ValueError, OverflowError) as e:
         yield "error", "broken RLE", f"has RLE {_short(counts)} that cannot be decoded: {e}."
+
+
+def _boxes_are_corners(coco: dict[str, Any]) -> bool:
+    """Return whether many boxes fit into their images as x1, y1, x2, y2, but not as COCO's."""
+    sizes = {image.get("id"): _size(image) for image in coco["images"]}
+    num_over = num_boxes = 0
+    for annotation in coco["annotations"]:
+        box, size = annotation.get("bbox"), sizes.get(annotation.get("image_id"))
+        if size is None or not _are_numbers(box) or len(box) != 4:
+            continue
+        if box[0] > box[2] or box[1] > box[3] or box[2] > size[0] + 1 or box[3] > size[1] + 1:
+            return False
+        num_boxes += 1
+        num_over += box[0] + box[2] > size[0] + 1 or box[1] + box[3] > size[1] + 1
+    return num_over > 0.2 * num_boxes
 
 
 def _size(image: dict[str, Any]) -> tuple[Any, Any] | None:

@@ -1,15 +1,18 @@
 """Register COCO datasets, and check that a config fits them."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
 from ..utils.errors import UserError
-from .check import check_coco_json
+from .check import check_coco_json, read_categories
 
 
-def register_coco_datasets(datasets: list[list[str]]) -> None:
+def register_coco_datasets(datasets: Sequence[Sequence[str]]) -> None:
     """
     Register datasets in COCO format, for ``DATASETS.TRAIN`` and ``DATASETS.TEST``. Reads no file.
 
@@ -63,6 +66,31 @@ def check_num_classes(cfg: CfgNode, dataset: str, classes: list[str]) -> None:
         )
 
 
+def dataset_classes(name: str) -> dict[Any, str]:
+    """Return the class names of a registered dataset by category id, in Detectron2's order."""
+    metadata = MetadataCatalog.get(name)
+    names = metadata.get("thing_classes")
+    if names is None and metadata.get("json_file"):  # not loaded yet
+        return read_categories(metadata.json_file)
+    ids = metadata.get("thing_dataset_id_to_contiguous_id") or range(len(names or []))
+    return dict(zip(ids, names or []))
+
+
+def class_metadata(name: str, classes: dict[Any, str]) -> Metadata:
+    """
+    Return the metadata of the dataset `name`, with `classes` filled in, or new metadata if it has
+    others.
+    """
+    metadata = MetadataCatalog.get(name)
+    names = list(classes.values())
+    if metadata.get("thing_classes", names) != names:
+        metadata = Metadata(name=name)
+    metadata.thing_classes = names
+    if metadata.get("thing_dataset_id_to_contiguous_id") is None:
+        metadata.thing_dataset_id_to_contiguous_id = {id: i for i, id in enumerate(classes)}
+    return metadata
+
+
 def check_registered(key: str, dataset: str) -> None:
     """Raise :class:`UserError` if ``DATASETS.{key}`` names a dataset that is not registered."""
     if dataset not in DatasetCatalog:
@@ -92,8 +120,17 @@ def _check_dataset(cfg: CfgNode, key: str, name: str) -> list[str]:
         image_root,
         masks=cfg.MODEL.MASK_ON,
         evaluation=evaluation,
+        object_limits=_object_limits(cfg),
         skip_bad_images=cfg.INPUT.ON_BAD_IMAGE == "skip" and not evaluation,
     )
+
+
+def _object_limits(cfg: CfgNode) -> dict[str, int]:
+    """Return by config key how many objects in an image a model can find."""
+    limits = {"TEST.DETECTIONS_PER_IMAGE": cfg.TEST.DETECTIONS_PER_IMAGE}
+    for key in ("POST_NMS_TOPK_TRAIN", "POST_NMS_TOPK_TEST"):
+        limits[f"MODEL.RPN.{key}"] = cfg.MODEL.RPN[key] // 2  # others are background
+    return limits
 
 
 def _join(names: list[str]) -> str:

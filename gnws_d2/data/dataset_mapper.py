@@ -42,8 +42,8 @@ def read_image(file_name: str, format: str) -> np.ndarray:
         (H, W, 3), uint8.
 
     Raises:
-        BadImageError: if the file is missing, not a regular file, empty, truncated or no image; or
-            if its header gives more than ``PIL.Image.MAX_IMAGE_PIXELS``, before it is decoded.
+        BadImageError: if the file is missing, not a regular file, empty, truncated, no image, or
+            not of 8 bits; or if its header gives more than ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
     try:
         # A pipe would block, and a device may have no end.
@@ -60,7 +60,8 @@ def read_image(file_name: str, format: str) -> np.ndarray:
                 raise Image.DecompressionBombError(f"it has {width} x {height} pixels")
             if not data.endswith(_IMAGE_ENDS):
                 header.load()  # fails if truncated, where OpenCV silently fills in grey
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         if image is None:
             raise ValueError("OpenCV cannot decode it")
     except Image.DecompressionBombError as e:
@@ -70,6 +71,12 @@ def read_image(file_name: str, format: str) -> np.ndarray:
         ) from e
     except Exception as e:  # Pillow raises errors of all types for damaged files
         raise BadImageError(f"The image {file_name} is truncated or no image: {e}.") from e
+    if image.dtype != np.uint8:
+        # OpenCV would keep the upper 8 bits, of which cameras with 12 bits use four.
+        raise BadImageError(
+            f"The image {file_name} has {8 * image.itemsize} bits per channel, and values up to "
+            f"{image.max():g}: convert all images of the dataset to 8 bits, with one scale."
+        )
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if format == "RGB" else image
 
 

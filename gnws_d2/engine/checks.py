@@ -1,6 +1,7 @@
 """Checks of a job before any work is done."""
 
 import argparse
+import contextlib
 import importlib.util
 import logging
 import os
@@ -45,6 +46,26 @@ def check_device(cfg: CfgNode) -> None:
         )
 
 
+def check_precision(device: str, precision: str) -> None:
+    """
+    Raise :class:`UserError` for a ``SOLVER.AMP.PRECISION`` that is unknown, or that the CPU only
+    emulates, which takes minutes an image.
+    """
+    check_choice("SOLVER.AMP.PRECISION", precision, ("float16", "bfloat16"))
+    if device == "cpu" and not (precision == "bfloat16" and _cpu_has_bfloat16()):
+        raise UserError(
+            f"SOLVER.AMP.PRECISION {precision} is not for this CPU, which would emulate it (only "
+            "bfloat16, with AVX512_BF16 or AMX): set SOLVER.AMP.ENABLED False."
+        )
+
+
+def _cpu_has_bfloat16() -> bool:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
+        flags = next((line.split() for line in f if line.startswith("flags")), [])
+        return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+    return False
+
+
 def _check_workers(cfg: CfgNode, args: argparse.Namespace) -> None:
     if args.num_gpus < 1 or not 0 <= args.machine_rank < args.num_machines:
         raise UserError(
@@ -76,8 +97,8 @@ def _check_workers(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise UserError(f"--num-gpus {args.num_gpus}, but PyTorch finds {gpus} GPUs.")
     if args.eval_only:
         return
-    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
-        raise UserError("SOLVER.AMP.ENABLED True needs a GPU: set it to False on the CPU.")
+    if cfg.SOLVER.AMP.ENABLED:
+        check_precision(cfg.MODEL.DEVICE, cfg.SOLVER.AMP.PRECISION)
     num_workers = args.num_gpus * args.num_machines
     reference, batch_size = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH
     if reference and batch_size % reference:
@@ -91,6 +112,12 @@ def _check_workers(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise UserError(
             f"SOLVER.IMS_PER_BATCH {batch_size} does not divide by the {num_workers} workers "
             "(--num-gpus times --num-machines)."
+        )
+    steps = cfg.SOLVER.ACCUMULATE_STEPS
+    if steps < 1 or batch_size // num_workers % steps:
+        raise UserError(
+            f"SOLVER.ACCUMULATE_STEPS {steps} does not divide the {batch_size // num_workers} "
+            "images of a worker (SOLVER.IMS_PER_BATCH divided by the number of workers)."
         )
 
 

@@ -9,12 +9,14 @@ import os
 import re
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
+from detectron2.data import transforms as T
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.engine import default_setup as _default_setup
 from detectron2.evaluation import DatasetEvaluator
@@ -23,28 +25,42 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoint import GNWSCheckpointer
-from ..config import find_config_file, load_config
+from ..config import choose_device, find_config_file, load_config
 from ..data import OpenCVDatasetMapper, register_coco_datasets
+from ..data.coco import dataset_classes
 from ..data.train_loader import TrainLoader, build_train_loader, derive_seed
 from ..evaluation import COCOEvaluator, results_json
 from ..layers import fold_for_inference
+from ..modeling import checkpoint_activations
 from ..utils.errors import UserError
 from ..utils.process import end_with_parent, keep_freed_memory
-from .hooks import BestCheckpointer, PeriodicCheckpointer, StopOnSignal, WandbRun
+from .hooks import (
+    BestCheckpointer,
+    EarlyStop,
+    PeriodicCheckpointer,
+    StopOnSignal,
+    WandbRun,
+    validation_loss,
+)
 from .launch import check_ranks_agree, leave_process_group
+from .recipe import Choice
 from .run_record import RunRecord
-from .train_loop import FiniteAMPTrainer, FiniteTrainer
+from .test_time_augmentation import with_tta
+from .train_loop import FiniteTrainer
 
 _MAX_LINES = 40  # of a message on the console
 
 
 def get_config(args: argparse.Namespace) -> CfgNode:
-    """Register the datasets of the command line, and read its config (:func:`load_config`)."""
+    """Read the config of the command line (:func:`load_config`), and register its datasets."""
     if not args.config_file:
         raise UserError("No config file: give --config-file, such as configs/quick_start.yaml.")
     args.config_file = find_config_file(args.config_file)
-    register_coco_datasets(args.dataset)
-    return load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, args.dataset)
+    register_coco_datasets(cfg.DATASETS.COCO)
+    if args.eval_only:
+        choose_device(cfg)
+    return cfg
 
 
 def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -93,33 +109,44 @@ class Trainer(DefaultTrainer):
 
     iter: int
 
-    def __init__(self, cfg: CfgNode, config_file: str = ""):
+    def __init__(self, cfg: CfgNode, config_file: str = "", choices: Sequence[Choice] = ()):
         """
         Args:
             cfg: the config, whose ``OUTPUT_DIR`` exists.
             config_file: the file that it is from, for ``run.json``.
+            choices: those of :func:`derive_recipe`, for ``run.json``, too.
         """
         # The same objects in the same order as in DefaultTrainer, which always wraps the model for
         # a GPU when there are several processes.
         TrainerBase.__init__(self)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
+        if cfg.MODEL.BACKBONE.ACTIVATION_CHECKPOINTING:
+            checkpoint_activations(model.backbone)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         ddp_args: dict[str, Any] = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
         model = create_ddp_model(model, broadcast_buffers=False, **ddp_args)
-        self.checkpointer = GNWSCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        self._trainer = (FiniteAMPTrainer if cfg.SOLVER.AMP.ENABLED else FiniteTrainer)(
+        self.checkpointer = GNWSCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            classes=dataset_classes(cfg.DATASETS.TRAIN[0]),
+            trainer=weakref.proxy(self),
+        )
+        self._trainer = FiniteTrainer(
             model,
             data_loader,
             optimizer,
+            accumulate_steps=cfg.SOLVER.ACCUMULATE_STEPS,
+            precision=cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "",
             skip=cfg.SOLVER.ON_NON_FINITE == "skip",
             last_checkpoint=self.checkpointer.get_checkpoint_file,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
-        self.cfg, self._config_file, self._beginning = cfg, config_file, ""
+        self.cfg, self._config_file, self._choices = cfg, config_file, choices
+        self._beginning = ""
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
@@ -128,6 +155,7 @@ class Trainer(DefaultTrainer):
         stopping on signals, ``run.json``, and Weights & Biases.
         """
         cfg = self.cfg
+        model: Any = getattr(self.model, "module", self.model)  # of DistributedDataParallel
         ret: list[HookBase] = []
         for hook in super().build_hooks():
             if isinstance(hook, hooks.PeriodicCheckpointer):
@@ -140,15 +168,19 @@ class Trainer(DefaultTrainer):
                 ret.append(hook)
                 continue
             ret += [StopOnSignal(self.checkpointer, self._trainer), hook]
+            if cfg.TEST.VALIDATION_LOSS:
+                compute = partial(validation_loss, cfg, model)
+                ret.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, compute))
             if cfg.TEST.EVAL_PERIOD and cfg.DATASETS.TEST:
                 metric = "segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP"
                 if len(cfg.DATASETS.TEST) > 1:
                     metric = f"{cfg.DATASETS.TEST[0]}/{metric}"
-                ret.append(BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, metric))
+                period, patience = cfg.TEST.EVAL_PERIOD, cfg.SOLVER.PATIENCE
+                ret.append(BestCheckpointer(period, self.checkpointer, metric, patience=patience))
         if comm.is_main_process():
             if cfg.WANDB.PROJECT:
                 ret.append(WandbRun(cfg))
-            ret.append(RunRecord(cfg.OUTPUT_DIR, self._config_file))
+            ret.append(RunRecord(cfg.OUTPUT_DIR, self._config_file, self._choices))
         return ret
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -201,6 +233,8 @@ class Trainer(DefaultTrainer):
             logging.getLogger(__name__).info(self._beginning)
         try:
             return super().train()
+        except EarlyStop:
+            return getattr(self, "_last_eval_results", None)
         except OSError as e:
             if e.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -219,9 +253,15 @@ class Trainer(DefaultTrainer):
     def test(
         cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None
     ) -> dict[str, Any]:
-        """See :class:`DefaultTrainer`. Evaluates a copy of `model` with folded weights."""
+        """
+        See :class:`DefaultTrainer`. Evaluates a copy of `model` with folded weights, with
+        ``TEST.AUG.ENABLED`` by :class:`GeneralizedRCNNWithTTA`.
+        """
         model = getattr(model, "module", model)  # of DistributedDataParallel
-        return super().test(cfg, fold_for_inference(copy.deepcopy(model)), evaluators)
+        model = fold_for_inference(copy.deepcopy(model))
+        if cfg.TEST.AUG.ENABLED:
+            model = with_tta(cfg, model)
+        return super().test(cfg, model, evaluators)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
@@ -230,6 +270,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable:
         mapper = OpenCVDatasetMapper(cfg, False)
+        if cfg.TEST.AUG.ENABLED:  # which resizes itself
+            mapper.augmentations = T.AugmentationList([])
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Hooks for checkpoints, signals, and Weights & Biases."""
+"""Hooks for checkpoints, signals, validation loss, and Weights & Biases."""
 
 import glob
 import logging
@@ -10,11 +10,16 @@ import threading
 from types import FrameType
 from typing import Any
 
+import torch
 from detectron2.checkpoint import Checkpointer
 from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch import nn
 
+from ..data import OpenCVDatasetMapper
 from ..utils.errors import UserError
 from .train_loop import FiniteTrainer
 
@@ -28,25 +33,56 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
         self.recent_checkpoints = sorted(glob.glob(pattern))
 
 
+class EarlyStop(BaseException):
+    """Raised in all processes when AP has not got better for ``SOLVER.PATIENCE`` evaluations."""
+
+
 class BestCheckpointer(hooks.BestCheckpointer):
-    """Detectron2's hook that remembers the best metric when a run is resumed."""
+    """Detectron2's hook that remembers the best metric when a run is resumed, and stops early."""
 
     best_metric: float | None
 
+    def __init__(self, *args: Any, patience: int = 0):
+        """
+        Args:
+            args: see :class:`detectron2.engine.hooks.BestCheckpointer`.
+            patience: ``SOLVER.PATIENCE``.
+        """
+        super().__init__(*args)
+        self._patience, self._num_worse = patience, 0
+
+    def after_step(self) -> None:
+        super().after_step()
+        next_iter = self.trainer.iter + 1
+        if not self._patience or next_iter % self._period or next_iter == self.trainer.max_iter:
+            return
+        # Only the main process knows AP.
+        if any(comm.all_gather(self._num_worse >= self._patience)):
+            self._checkpointer.save("model_final", iteration=self.trainer.iter)
+            self._logger.info(
+                f"{self._val_metric} has not got better in {self._patience} evaluations: training "
+                f"ends after iteration {self.trainer.iter} (SOLVER.PATIENCE)."
+            )
+            raise EarlyStop
+
     def _best_checking(self) -> None:
         value, iteration = self.trainer.storage.latest().get(self._val_metric, (math.nan, None))
+        self._num_worse += comm.is_main_process()
         if not value > (-math.inf if self.best_metric is None else self.best_metric):
             return
         # After the last iteration Detectron2 counts one more.
+        self._num_worse = 0
         self.best_metric, self.best_iter = value, min(iteration, self.trainer.max_iter - 1)
         self._checkpointer.save(self._file_prefix, iteration=self.best_iter)
         self._logger.info(f"{self._val_metric} {value:.3f} is the best so far.")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_metric": self.best_metric, "best_iter": self.best_iter}
+        best = {"best_metric": self.best_metric, "best_iter": self.best_iter}
+        return {**best, "num_worse": self._num_worse}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_metric, self.best_iter = state_dict["best_metric"], state_dict["best_iter"]
+        self._num_worse = state_dict.get("num_worse", 0) * comm.is_main_process()
 
 
 class StopOnSignal(HookBase):
@@ -100,6 +136,30 @@ class StopOnSignal(HookBase):
         if synchronize:  # no process ends before the checkpoint is written
             comm.synchronize()
         sys.exit(128 + signum)
+
+
+def validation_loss(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
+    """
+    Return ``{"validation": losses}``, the mean over the images of ``DATASETS.TEST`` of each loss
+    and of their sum, ``total_loss``. All processes call it, and share the images.
+
+    Args:
+        model: in training mode, without DistributedDataParallel.
+    """
+    mapper = OpenCVDatasetMapper(cfg, True)
+    mapper.augmentations = OpenCVDatasetMapper(cfg, False).augmentations
+    records = get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=False)
+    loader = build_detection_test_loader(
+        records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS
+    )
+    losses: list[dict[str, float]] = []
+    with torch.no_grad(), EventStorage(1):  # not in that of the training
+        for batch in loader:
+            torch.manual_seed(0)  # of the proposals that are sampled
+            losses.append({name: loss.item() for name, loss in model(batch).items()})
+    losses = [loss for part in comm.all_gather(losses) for loss in part]
+    mean = {name: sum(loss[name] for loss in losses) / len(losses) for name in losses[0]}
+    return {"validation": {"total_loss": sum(mean.values()), **mean}}
 
 
 class WandbRun(HookBase):

@@ -1,5 +1,9 @@
 """Prediction with the published image pipeline."""
 
+import contextlib
+import difflib
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,22 +13,71 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
+from .. import model_zoo
 from ..checkpoint import GNWSCheckpointer
+from ..config import choose_device, load_config
+from ..data import register_coco_datasets
+from ..data.coco import class_metadata
 from ..data.transforms import OpenCVResizeShortestEdge
 from ..layers import fold_for_inference
+from ..utils.errors import UserError
 from .checks import check_device
+from .test_time_augmentation import with_tta
+
+
+def find_trained(
+    model: str, opts: Sequence[Any] = (), datasets: Sequence[Sequence[str]] = ()
+) -> CfgNode:
+    """
+    Return the config of a trained model, with its weights and on the CPU if PyTorch finds no GPU.
+
+    Args:
+        model: a name of :mod:`.model_zoo`; the ``OUTPUT_DIR`` of a run, for its best checkpoint, or
+            else its last; or a checkpoint in one.
+        opts, datasets: see :func:`load_config`.
+
+    Raises:
+        UserError: if there is no such model, and see :func:`load_config`.
+    """
+    if model in model_zoo.names():
+        config_file, weights = model_zoo.get_config_file(model), model_zoo.get_checkpoint_url(model)
+    elif os.path.exists(model):
+        directory, weights = (model, "") if os.path.isdir(model) else os.path.split(model)
+        config_file = os.path.join(directory, "config.yaml")
+        checkpoints = [weights] if weights else ["model_best.pth", "model_final.pth"]
+        with contextlib.suppress(OSError), open(os.path.join(directory, "last_checkpoint")) as f:
+            checkpoints.append(f.read().strip())
+        paths = [os.path.join(directory, name) for name in checkpoints]
+        weights = next(filter(os.path.isfile, paths), "")
+        for path in (config_file, weights or paths[0]):
+            if not os.path.isfile(path):
+                raise UserError(
+                    f"{model} is no trained model: {path} does not exist. Name the OUTPUT_DIR of "
+                    "a run, or a checkpoint in it."
+                )
+    else:
+        near = difflib.get_close_matches(model, model_zoo.names(), n=3, cutoff=0)
+        raise UserError(
+            f"There is no model {model}: name the OUTPUT_DIR of a run, a checkpoint in one, or a "
+            f"published model, such as {', '.join(near)}."
+        )
+    cfg = load_config(config_file, ["MODEL.WEIGHTS", weights, *opts], datasets)
+    register_coco_datasets(cfg.DATASETS.COCO)
+    choose_device(cfg)
+    return cfg
 
 
 class Predictor(DefaultPredictor):
     """
     :class:`DefaultPredictor` that resizes with OpenCV, as the published models were tested, loads
-    what :class:`GNWSCheckpointer` loads, and takes several images at once. Weights are standardized
-    once, when it is made.
+    what :class:`GNWSCheckpointer` loads, knows the classes in the checkpoint (``metadata``), and
+    takes several images at once. Weights are standardized once, when it is made.
 
     Examples:
     ::
-        predictor = Predictor(model_zoo.get_config("mask_rcnn_R50_gnws_2x", trained=True))
-        outputs = predictor(cv2.imread("input.jpg"))
+        predictor = Predictor.from_pretrained("mask_rcnn_R50_gnws_2x")  # or the OUTPUT_DIR of a run
+        instances = predictor(cv2.imread("input.jpg"))["instances"]
+        names = [predictor.metadata.thing_classes[i] for i in instances.pred_classes]
     """
 
     def __init__(self, cfg: CfgNode):
@@ -32,14 +85,24 @@ class Predictor(DefaultPredictor):
         check_device(cfg)
         self.cfg = cfg.clone()
         self.model = build_model(self.cfg).eval()
-        if len(cfg.DATASETS.TEST):
-            self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
-        GNWSCheckpointer(self.model, strict=True).load(cfg.MODEL.WEIGHTS)
+        checkpointer = GNWSCheckpointer(self.model, strict=True)
+        checkpointer.load(cfg.MODEL.WEIGHTS)
+        dataset = next(iter(cfg.DATASETS.TEST), "unknown")
+        self.metadata = MetadataCatalog.get(dataset)
+        if checkpointer.classes:
+            self.metadata = class_metadata(dataset, checkpointer.classes)
         fold_for_inference(self.model)
         size = cfg.INPUT.MIN_SIZE_TEST
         self.aug = OpenCVResizeShortestEdge([size, size], cfg.INPUT.MAX_SIZE_TEST)
+        if cfg.TEST.AUG.ENABLED:
+            self.model = with_tta(cfg, self.model)
         self.input_format = cfg.INPUT.FORMAT
         assert self.input_format in ["RGB", "BGR"], self.input_format
+
+    @classmethod
+    def from_pretrained(cls, model: str, opts: Sequence[Any] = ()) -> "Predictor":
+        """Make a predictor of a trained model: see :func:`find_trained`."""
+        return cls(find_trained(model, opts))
 
     def __call__(
         self, original_image: np.ndarray | list[np.ndarray]
@@ -61,6 +124,7 @@ class Predictor(DefaultPredictor):
         height, width = image.shape[:2]
         if self.input_format == "RGB":
             image = np.ascontiguousarray(image[:, :, ::-1])
-        image = self.aug.get_transform(image).apply_image(image)
+        if not self.cfg.TEST.AUG.ENABLED:  # which resizes itself
+            image = self.aug.get_transform(image).apply_image(image)
         tensor = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return {"image": tensor, "height": height, "width": width}

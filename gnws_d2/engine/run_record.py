@@ -8,6 +8,7 @@ import platform
 import shlex
 import socket
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -16,6 +17,8 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from ..utils.files import atomic_write
+from .hooks import EarlyStop
+from .recipe import Choice
 
 _PACKAGES = ("torch", "torchvision", "detectron2", "gnws_d2", "numpy", "opencv-python", "triton")
 
@@ -45,6 +48,7 @@ class RunRecord(HookBase):
     resumed, each a dict of
 
     * ``command``, ``config_file``, ``resume``, ``num_processes``, ``num_machines``;
+    * ``choices``: key, value and reason of what was derived from the data;
     * ``machine``: :func:`describe_machine` of the main process;
     * ``start`` and ``end``, local times in ISO format; ``end`` is the last sign of life;
     * ``first_iteration`` and ``iterations``, the number of them that are done;
@@ -56,8 +60,9 @@ class RunRecord(HookBase):
 
     _PERIOD = 20  # iterations between updates, as of Detectron2's PeriodicWriter
 
-    def __init__(self, output_dir: str, config_file: str):
+    def __init__(self, output_dir: str, config_file: str, choices: Sequence[Choice] = ()):
         self._path, self._config_file = os.path.join(output_dir, "run.json"), config_file
+        self._choices = choices
 
     def before_train(self) -> None:
         first = self.trainer.start_iter
@@ -69,6 +74,7 @@ class RunRecord(HookBase):
             {
                 "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
                 "config_file": self._config_file,
+                "choices": [choice._asdict() for choice in self._choices],
                 "resume": first > 0,
                 "num_processes": comm.get_world_size(),
                 "num_machines": comm.get_world_size() // comm.get_local_size(),
@@ -86,8 +92,9 @@ class RunRecord(HookBase):
     def after_train(self) -> None:
         error = sys.exc_info()[1]
         stopped = isinstance(error, SystemExit)  # after an iteration
-        status = "stopped" if stopped else "failed" if error else "finished"
-        self._write(status, self.trainer.iter + stopped)
+        early = isinstance(error, EarlyStop)
+        status = "stopped" if stopped else "failed" if error and not early else "finished"
+        self._write(status, self.trainer.iter + (stopped or early))
 
     def _write(self, status: str, iterations: int) -> None:
         self._starts[-1] |= {"end": _now(), "iterations": iterations, "status": status}

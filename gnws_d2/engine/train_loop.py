@@ -1,17 +1,20 @@
-"""Detectron2's training step, in which no number that is not finite reaches the weights."""
+"""Detectron2's training step, in several passes, that keeps non-finite numbers from the weights."""
 
+import contextlib
 import logging
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from detectron2.engine import AMPTrainer, SimpleTrainer
+from detectron2.engine import AMPTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ..utils.errors import UserError
 
@@ -22,24 +25,40 @@ class _SkipStep(Exception):
     pass
 
 
-class FiniteTrainer(SimpleTrainer):
+class FiniteTrainer(AMPTrainer):
     """
-    :class:`SimpleTrainer` that checks the losses and the gradients before each step of the
-    optimizer. A loss that is infinite or NaN in one process is so for all: they agree in one
-    collective per iteration, which also shares signals.
+    :class:`AMPTrainer`, also for full precision and for CPUs, that accumulates gradients, and
+    checks the losses and the gradients before each step of the optimizer. A loss that is infinite
+    or NaN in one process is so for all: they agree in one collective per iteration, which also
+    shares signals.
 
     Set ``received_signal`` when this process gets SIGTERM or SIGINT; ``stop_signal`` is then the
     same in all processes after the next step. 0 is none.
     """
 
-    def __init__(self, *args: Any, skip: bool, last_checkpoint: Callable[[], str], **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        skip: bool,
+        last_checkpoint: Callable[[], str],
+        accumulate_steps: int = 1,
+        precision: str = "",
+    ):
         """
         Args:
-            args, kwargs: see :class:`SimpleTrainer`. The data loader is a :class:`TrainLoader`.
+            args: see :class:`SimpleTrainer`. The data loader is a :class:`TrainLoader`.
             skip: leave such a step out, unless it is the third in a row (``SOLVER.ON_NON_FINITE``).
             last_checkpoint: returns the path to name in the error, or "".
+            accumulate_steps: number of equal parts of a batch, each with a forward and backward
+                pass of its own (``SOLVER.ACCUMULATE_STEPS``).
+            precision: "float16" or "bfloat16" (``SOLVER.AMP.PRECISION``); "" for float32.
         """
-        super().__init__(*args, **kwargs)
+        model, *_ = args
+        self._device = next(model.parameters()).device
+        scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "float16")
+        dtype = getattr(torch, precision or "float32")
+        super().__init__(*args, grad_scaler=scaler, precision=dtype)
+        self.accumulate_steps = accumulate_steps
         self.skip, self.last_checkpoint = skip, last_checkpoint
         self.num_skipped = 0
         self.num_skipped_in_a_row = 0
@@ -58,17 +77,40 @@ class FiniteTrainer(SimpleTrainer):
             UserError: names the iteration, what is not finite, the images and the last checkpoint.
         """
         try:
-            super().run_step()
+            self._run_step()
         except FloatingPointError as e:  # of Detectron2, about the proposals
             self._stop([f"{e} ({', '.join(self._files)})"])
         except _SkipStep:
             return
         self.num_skipped_in_a_row = 0
 
-    def _write_metrics(
-        self, loss_dict: dict[str, Tensor], data_time: float, *args: Any, **kwargs: Any
-    ) -> None:
-        # Detectron2 calls this between backward and the step of the optimizer.
+    def _run_step(self) -> None:
+        # As in AMPTrainer, which makes one pass and requires a GPU.
+        assert self.model.training, "model was changed to eval mode!"
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        self.optimizer.zero_grad()
+        size = len(batch) // self.accumulate_steps
+        loss_dict: dict[str, Tensor] = {}
+        for first in range(0, len(batch), size):
+            is_last = first + size == len(batch)
+            distributed = isinstance(self.model, DistributedDataParallel)
+            with self.model.no_sync() if distributed and not is_last else contextlib.nullcontext():
+                with torch.autocast(
+                    self._device.type, self.precision, enabled=self.precision != torch.float32
+                ):
+                    losses = self.model(batch[first : first + size])
+                losses = {name: loss / self.accumulate_steps for name, loss in losses.items()}
+                self.grad_scaler.scale(sum(losses.values())).backward()
+            for name, loss in losses.items():
+                loss_dict[name] = loss_dict.get(name, 0) + loss.detach()
+        self._check_finite(loss_dict)
+        self._write_metrics(loss_dict, data_time)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def _check_finite(self, loss_dict: dict[str, Tensor]) -> None:
         finite = torch.stack([loss.detach() for loss in loss_dict.values()]).isfinite().all()
         if self._agree(bool(finite)):
             # DDP has averaged the gradients: they are the same in all processes.
@@ -90,14 +132,12 @@ class FiniteTrainer(SimpleTrainer):
                 f"({self.num_skipped} so far), as SOLVER.ON_NON_FINITE is skip."
             )
             raise _SkipStep
-        super()._write_metrics(loss_dict, data_time, *args, **kwargs)
 
     def _agree(self, finite: bool) -> bool:
         """Whether `finite` is True in all processes; also share signals and bad images."""
         bad_images = getattr(self.data_loader, "num_bad_images", 0)
         received = [self.received_signal == s for s in (signal.SIGTERM, signal.SIGINT)]
-        device = next(self.model.parameters()).device
-        status = torch.tensor([not finite, bad_images, *received], device=device)
+        status = torch.tensor([not finite, bad_images, *received], device=self._device)
         if comm.get_world_size() > 1:
             dist.all_reduce(status)
         not_finite, bad_images, sigterm, sigint = status.tolist()
@@ -107,6 +147,8 @@ class FiniteTrainer(SimpleTrainer):
         return not not_finite
 
     def _gradient_issues(self) -> Iterator[str]:
+        if self.grad_scaler.is_enabled():  # which skips such steps, and lowers its scale
+            return
         named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
         norms = torch.stack(torch._foreach_norm([grad for _, grad in named], math.inf))
         if not norms.isfinite().all():
@@ -124,9 +166,7 @@ class FiniteTrainer(SimpleTrainer):
             "such steps."
         )
 
-
-class FiniteAMPTrainer(FiniteTrainer, AMPTrainer):
-    """The same for :class:`AMPTrainer`, whose scaler checks the gradients."""
-
-    def _gradient_issues(self) -> Iterator[str]:
-        return iter(())
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # A run without a scaler may be resumed with one.
+        scaler = state_dict.get("grad_scaler") or self.grad_scaler.state_dict()
+        super().load_state_dict({**state_dict, "grad_scaler": scaler})

@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from torch import nn
 
-from ..config import CONFIG_DIR, add_gnws_config
+from ..config import CONFIG_DIR, choose_device
 
 _DIR = Path(__file__).parent
 
@@ -59,16 +58,16 @@ def get_config_file(name: str) -> str:
 
 def get_config(name: str, trained: bool = False) -> CfgNode:
     """
-    Return the config of a model.
+    Return the config of a model, on the CPU if PyTorch finds no GPU.
 
     Args:
-        name: see :func:`get_config_file`.
+        name: see :func:`get_config_file`; or the path of a config file.
         trained: whether to set ``MODEL.WEIGHTS`` to the trained model instead of the backbone that
             the config starts from.
     """
     cfg = get_cfg()
-    add_gnws_config(cfg)
-    cfg.merge_from_file(get_config_file(name))
+    cfg.merge_from_file(name if Path(name).is_file() else get_config_file(name))
+    choose_device(cfg)
     if trained:
         cfg.MODEL.WEIGHTS = get_checkpoint_url(name)
     return cfg
@@ -79,10 +78,10 @@ def get(name: str, trained: bool = False, device: str | None = None) -> nn.Modul
     Build the model of :func:`get_config`, load its weights and return it in training mode.
 
     Args:
-        device: overrides ``MODEL.DEVICE``; by default the CPU if there is no GPU.
+        device: overrides ``MODEL.DEVICE``.
     """
     cfg = get_config(name, trained)
-    cfg.MODEL.DEVICE = device or (cfg.MODEL.DEVICE if torch.cuda.is_available() else "cpu")
+    cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
     model = build_model(cfg)
     DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     return model

@@ -1,4 +1,8 @@
-from .backbone import build_resnet_gnws_backbone, build_resnet_gnws_fpn_backbone
+from .backbone import (
+    build_resnet_gnws_backbone,
+    build_resnet_gnws_fpn_backbone,
+    checkpoint_activations,
+)
 from .roi_heads import FastRCNNConvFCGNWSHead, MaskRCNNConvUpsampleGNWSHead
 
 __all__ = [
@@ -6,4 +10,5 @@ __all__ = [
     "MaskRCNNConvUpsampleGNWSHead",
     "build_resnet_gnws_backbone",
     "build_resnet_gnws_fpn_backbone",
+    "checkpoint_activations",
 ]

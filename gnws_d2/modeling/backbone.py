@@ -1,9 +1,16 @@
 """Detectron2's ResNet and ResNet-FPN backbones with GroupNorm and Weight Standardization."""
 
+from collections.abc import Callable
+from functools import partial
+
+import torch
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
+from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
+from detectron2.modeling.backbone.resnet import BasicStem
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..config import check_choice
 from ..layers import convert_ws_conv
@@ -42,6 +49,23 @@ def build_resnet_gnws_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """
     kernels = check_keys(cfg, "RESNETS", "FPN")
     return convert_ws_conv(build_resnet_fpn_backbone(cfg, input_shape), kernels)
+
+
+def checkpoint_activations(backbone: nn.Module) -> None:
+    """
+    Have the residual blocks of a ResNet keep only their inputs in training, and compute the rest
+    again in the backward pass (:func:`torch.utils.checkpoint.checkpoint`;
+    ``MODEL.BACKBONE.ACTIVATION_CHECKPOINTING``). The gradients stay the same.
+    """
+    for module in backbone.modules():
+        if isinstance(module, CNNBlockBase) and not isinstance(module, BasicStem):
+            module.forward = partial(_recompute, module.forward)
+
+
+def _recompute(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(x)
+    return checkpoint(forward, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def check_keys(cfg: CfgNode, *sections: str) -> str:

@@ -2,12 +2,14 @@
 
 import base64
 import contextlib
+import hashlib
 import io
 import json
 import logging
 import math
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ from .visualizer import draw_objects
 
 _TASKS = {"bbox": "box", "segm": "mask"}
 _PUBLISHED_ON = "coco_2017_val"
-_NUM_PICTURES = 5
+_NUM_PICTURES = 5  # of the typical images, and of the worst
+_MAX_COMPARED = 20_000  # training images; the files of more would take minutes to read
 _THRESHOLD = 0.5  # the lowest score of a detection that is drawn and counted
 _FOUND, _MISTAKE = "#3b9dff", "#ff8a1f"  # distinct for the color-blind
 
@@ -47,8 +50,8 @@ def make_report(run_dir: str, datasets: list[list[str]]) -> None:
     Raises:
         UserError: if the run or a dataset does not exist, cannot be read or does not fit.
     """
-    register_coco_datasets(datasets)
-    run = read_run(run_dir)
+    run = read_run(run_dir, datasets)
+    register_coco_datasets(run.cfg.DATASETS.COCO)
     names = [n for n in run.cfg.DATASETS.TEST if os.path.isfile(results_json(run_dir, run.cfg, n))]
     if names:
         check_datasets(run.cfg, ("TEST",))
@@ -108,22 +111,61 @@ def _evaluate(run: Run, dataset_name: str) -> dict[str, Any]:
     weights = "" if run.num_iterations or dataset_name != _PUBLISHED_ON else run.cfg.MODEL.WEIGHTS
     row = next((row for row in model_zoo.table() if weights == f"gnws://{row['name']}"), {})
     worst = sorted(mistakes, key=lambda image_id: -sum(map(len, mistakes[image_id])))
+    num_objects = sum(not a.get("iscrowd") for a in truth.anns.values())
+    num_missed, num_false = (sum(len(m[i]) for m in mistakes.values()) for i in (0, 1))
+    draw = partial(_pictures, boxes, dataset_name, mistakes=mistakes, masks="mask" in analyses)
     errors = {name: a.errors for name, a in analyses.items() if a.errors}
     return {
         "name": dataset_name,
         "num_images": len(truth.imgs),
+        "num_objects": num_objects,
+        "num_found": num_objects - num_missed,
+        "num_false": num_false,
+        "overlap": _describe_overlap(run, dataset_name),
         "ap": {name: a.ap for name, a in analyses.items()},
         "class_ap": {name: a.class_ap for name, a in analyses.items()},
         "errors": errors,
         "largest_error": max((max(e.values()) for e in errors.values()), default=0),
         "published": {name: row[f"{name}_ap"] for name in analyses if row},
         "precision": precision,
-        "pictures": [
-            _pictures(boxes, dataset_name, image_id, mistakes[image_id], masks="mask" in analyses)
-            for image_id in worst[:_NUM_PICTURES]
-            if any(mistakes[image_id])
-        ],
+        "typical": [draw(image_id) for image_id in _median(worst)],
+        "worst": [draw(image_id) for image_id in worst[:_NUM_PICTURES] if any(mistakes[image_id])],
     }
+
+
+def _median(images: list[Any]) -> list[Any]:
+    first = max(0, (len(images) - _NUM_PICTURES) // 2)
+    return images[first : first + _NUM_PICTURES]
+
+
+def _describe_overlap(run: Run, dataset_name: str) -> str:
+    """Say whether the images of a dataset are among those of the training, by their bytes."""
+    if not run.num_iterations:
+        return ""
+    tested = _image_files(dataset_name)
+    trained = [file for name in run.cfg.DATASETS.TRAIN for file in _image_files(name)]
+    if not trained or len(trained) > _MAX_COMPARED:
+        return ""
+    sizes = {os.path.getsize(file) for file in tested}
+    digests = {_digest(file) for file in trained if os.path.getsize(file) in sizes}
+    shared = sum(_digest(file) in digests for file in tested)
+    if not shared:
+        return "None of these images was trained on."
+    return (
+        f"{shared} of these {len(tested)} images were trained on as well: the figures say less "
+        "about new images."
+    )
+
+
+def _image_files(dataset_name: str) -> list[str]:
+    with contextlib.suppress(Exception):  # not registered, or its files are gone
+        files = [record["file_name"] for record in DatasetCatalog.get(dataset_name)]
+        return [file for file in files if os.path.isfile(file)]
+    return []
+
+
+def _digest(file: str) -> bytes:
+    return hashlib.sha256(Path(file).read_bytes()).digest()
 
 
 def _facts(run: Run) -> dict[str, str]:
@@ -163,10 +205,10 @@ def _training_charts(run: Run) -> dict[str, str]:
 
 
 def _pictures(
-    evaluation: COCOeval, dataset: str, image_id: int, mistakes: Mistakes, masks: bool
+    evaluation: COCOeval, dataset: str, image_id: int, *, mistakes: dict[int, Mistakes], masks: bool
 ) -> dict[str, str]:
     """Draw the ground truth and the detections of an image."""
-    missed, false = mistakes
+    missed, false = mistakes[image_id]
     coco, found = evaluation.cocoGt, evaluation.cocoDt.imgToAnns[image_id]
     file_name = coco.imgs[image_id]["file_name"]
     root = MetadataCatalog.get(dataset).image_root

@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -30,10 +31,11 @@ class Run:
         return max((line["iteration"] + 1 for line in self.metrics if "lr" in line), default=0)
 
 
-def read_run(path: str) -> Run:
+def read_run(path: str, datasets: Sequence[Sequence[str]] = ()) -> Run:
     """
     Args:
         path: ``OUTPUT_DIR`` of a run, which may have been moved, not have ended or only evaluated.
+        datasets: see :func:`load_config`.
 
     Raises:
         UserError: if it holds no run, or its files cannot be read.
@@ -41,7 +43,7 @@ def read_run(path: str) -> Run:
     config_file = os.path.join(path, "config.yaml")
     if not os.path.isfile(config_file):
         raise UserError(f"{path} holds no run: {config_file} does not exist.")
-    cfg = load_config(config_file, [])
+    cfg = load_config(config_file, [], datasets)
     metrics = _read_metrics(os.path.join(path, "metrics.json"))
     facts, num_processes = _read_record(os.path.join(path, "run.json"))
     if num_processes:

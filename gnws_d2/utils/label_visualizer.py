@@ -1,31 +1,73 @@
-"""Detectron2's visualizer with readable labels."""
+"""Detectron2's visualizer with readable labels, also where objects are crowded."""
+
+import colorsys
+import math
+from typing import Any
 
 import numpy as np
+from detectron2.structures import Instances
 from detectron2.utils.visualizer import VisImage, Visualizer
 from matplotlib.colors import to_rgb
 
 _MAX_MOVES = 6  # label heights; further away a label would seem to be another object's
 _GAP = 2  # pixels between labels
+_CROWD = 20  # objects; with more, outlines and labels get smaller, down to half
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+
+def class_color(index: int) -> tuple[float, float, float]:
+    """Return a bright RGB color, 0 to 1, for a class: far from those of the classes before it."""
+    return colorsys.hsv_to_rgb((0.58 + index * _GOLDEN_RATIO) % 1, 0.75, 1.0)
 
 
 class LabelVisualizer(Visualizer):
-    """A :class:`Visualizer` that arranges its labels by :func:`arrange_labels`."""
+    """
+    A :class:`Visualizer` with a color for each class, that arranges its labels by
+    :func:`arrange_labels`.
+    """
 
-    def overlay_instances(self, **kwargs) -> VisImage:
+    def draw_instance_predictions(
+        self, predictions: Instances, labels: bool = True, boxes: bool = True
+    ) -> VisImage:
+        """
+        Args:
+            predictions: see :class:`Visualizer`; on the CPU.
+            labels: whether to write names and scores.
+            boxes: whether to draw boxes around masks.
+        """
+        names = self.metadata.get("thing_classes")
+        classes = predictions.pred_classes.tolist()
+        text = [
+            f"{names[c] if names else c} {score:.0%}"
+            for c, score in zip(classes, predictions.scores.tolist())
+        ]
+        masks = predictions.pred_masks.numpy() if predictions.has("pred_masks") else None
+        return self.overlay_instances(
+            boxes=predictions.pred_boxes.tensor.numpy() if boxes or masks is None else None,
+            masks=masks,
+            labels=text if labels else None,
+            assigned_colors=[class_color(c) for c in classes],
+            alpha=0.35,
+        )
+
+    def overlay_instances(self, **kwargs: Any) -> VisImage:
+        """See :class:`Visualizer`. Labels that find no room are left out."""
+        sizes = [len(kwargs[k]) for k in ("boxes", "masks") if kwargs.get(k) is not None]
+        self._default_font_size *= min(1, max(0.5, math.sqrt(_CROWD / max(1, *sizes))))
         return arrange_labels(super().overlay_instances(**kwargs))
 
 
 def arrange_labels(output: VisImage) -> VisImage:
     """
     Lighten the labels of a picture, and move them inside it and apart, if there is room nearby.
-    Detectron2 writes the labels of boxes that agree over one another.
+    Otherwise leave them out: Detectron2 writes the labels of boxes that agree over one another.
 
     Args:
-        output: the picture of a :class:`Visualizer` or :class:`VideoVisualizer`. It is modified.
+        output: the picture of a :class:`Visualizer`. It is modified.
     """
     width, height = output.canvas.get_width_height()
     taken: list = []
-    for label in output.ax.texts:
+    for label in list(output.ax.texts):
         # Half white: on Detectron2's black, pure blue or red is hard to read.
         label.set_color((1 + np.asarray(to_rgb(label.get_color()))) / 2)
         box = label.get_window_extent(output.canvas.get_renderer()).padded(_GAP)
@@ -34,8 +76,11 @@ def arrange_labels(output: VisImage) -> VisImage:
         steps = (sign * n * box.height for n in range(_MAX_MOVES) for sign in (-1, 1))
         places = [box.translated(x, y + step) for step in steps]
         inside = (place for place in places if 0 <= place.y0 and place.y1 <= height)
-        free = (place for place in inside if not any(map(place.overlaps, taken)))
-        taken.append(next(free, places[0]))
-        pixels = output.ax.transData.transform(label.get_position()) + taken[-1].min - box.min
+        free = next((p for p in inside if not any(map(p.overlaps, taken))), None)
+        if free is None:
+            label.remove()
+            continue
+        taken.append(free)
+        pixels = output.ax.transData.transform(label.get_position()) + free.min - box.min
         label.set_position(output.ax.transData.inverted().transform(pixels))
     return output

@@ -49,6 +49,27 @@ def test_mmdetections_file_loads_whole(save, zip_format):
     assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
 
 
+def test_classes_are_recorded_and_others_are_refused(tmp_path, caplog):
+    classes = {3: "fig", 7: "date"}
+    model = build(FASTER, 2)
+    GNWSCheckpointer(model, str(tmp_path), classes=classes).save("model")
+    path = str(tmp_path / "model.pth")
+    checkpointer = GNWSCheckpointer(model, strict=True)
+    checkpointer.load(path)
+    assert checkpointer.classes == classes and list(checkpointer.classes) == [3, 7]
+    GNWSCheckpointer(model, strict=True, classes={1: "fig", 2: "date"}).load(path)  # by name
+    with pytest.raises(UserError, match=r"is for the classes fig, date, but .* date, fig, in this"):
+        GNWSCheckpointer(model, strict=True, classes={1: "date", 2: "fig"}).load(path)
+    fine_tuned = GNWSCheckpointer(model, classes={1: "nut", 2: "seed"})  # to start from
+    fine_tuned.load(path)
+    assert fine_tuned.classes == {1: "nut", 2: "seed"}
+    GNWSCheckpointer(model, str(tmp_path)).save("old")
+    assert "classes" not in torch.load(tmp_path / "old.pth")
+    old = GNWSCheckpointer(model, strict=True, classes=classes)
+    old.load(str(tmp_path / "old.pth"))
+    assert old.classes == classes
+
+
 @pytest.mark.parametrize(
     "given, built, seems, builds",
     [

@@ -298,3 +298,23 @@ def test_box_over_the_edge_is_clipped_with_one_warning(check, caplog):
     with caplog.at_level(logging.WARNING):
         check(annotation(id=1077, bbox=[780, 10, 50, 50]))
     assert "1 x box over the edge" in caplog.text and "annotation id 1077" in caplog.text
+
+
+def test_boxes_of_corners_are_recognized(photographs, tmp_path):
+    coco = photographs.coco()
+    for annotation in coco["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["bbox"] = [x, y, x + w, y + h]
+    (tmp_path / "a.json").write_text(json.dumps(coco))
+    with pytest.raises(UserError, match="boxes seem to be x1, y1, x2, y2"):
+        check_coco_json(str(tmp_path / "a.json"), str(photographs.images))
+    check_coco_json(str(photographs.json_file), str(photographs.images))
+
+
+def test_more_objects_than_the_model_can_find_are_a_warning(photographs, caplog):
+    files = str(photographs.json_file), str(photographs.images)
+    check_coco_json(*files, object_limits={"TEST.DETECTIONS_PER_IMAGE": 100})
+    assert not caplog.text
+    check_coco_json(*files, object_limits={"TEST.DETECTIONS_PER_IMAGE": 2, "MODEL.X": 100})
+    assert "image with more objects than the model can find; the first: one of " in caplog.text
+    assert "raise TEST.DETECTIONS_PER_IMAGE." in caplog.text

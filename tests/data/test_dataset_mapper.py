@@ -222,3 +222,20 @@ def test_channel_order_that_no_model_has_is_refused():
     cfg.INPUT.FORMAT = "L"
     with pytest.raises(UserError, match=r"INPUT\.FORMAT"):
         OpenCVDatasetMapper(cfg, True)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_image_of_more_than_8_bits_is_refused_by_name(tmp_path, channels):
+    """12 bits of a camera in a PNG of 16 would be read as black."""
+    image = np.full((8, 8, channels), 4095, np.uint16)
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    with pytest.raises(BadImageError, match=r"has 16 bits per channel, and values up to 4095"):
+        read_image(str(tmp_path / "a.png"), "BGR")
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1"])
+def test_other_kinds_of_8_bit_images_are_read(tmp_path, mode):
+    Image.new("RGB", (8, 6), (200, 100, 50)).convert(mode).save(tmp_path / "a.png")
+    image = read_image(str(tmp_path / "a.png"), "RGB")
+    assert image.shape == (6, 8, 3) and image.dtype == np.uint8
+    assert np.array_equal(image, cv2.imread(str(tmp_path / "a.png"))[:, :, ::-1])

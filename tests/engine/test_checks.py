@@ -1,5 +1,6 @@
 """Bad input ends with one sentence and exit status 2, before any work, without a traceback."""
 
+import io
 import json
 import re
 import sys
@@ -9,6 +10,8 @@ import torch
 from conftest import ROOT
 
 import train_net
+from gnws_d2.engine.checks import check_precision
+from gnws_d2.utils.errors import UserError
 
 QUICK_START = str(ROOT / "configs" / "quick_start.yaml")
 COCO_CONFIG = str(ROOT / "configs" / "mask_rcnn_R50_gnws_2x.yaml")
@@ -77,6 +80,10 @@ def test_good_command_is_launched(monkeypatch, tmp_path):
             "SOLVER.IMS_PER_BATCH 4 .* SOLVER.REFERENCE_WORLD_SIZE 3",
         ),
         (["--config-file", QUICK_START, "SOLVER.AMP.ENABLED", "True"], "SOLVER.AMP.ENABLED"),
+        (
+            ["--config-file", QUICK_START, "SOLVER.ACCUMULATE_STEPS", "3"],
+            "SOLVER.ACCUMULATE_STEPS 3 does not divide the 4 images",
+        ),
         (["--config-file", QUICK_START, "DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
         (
             ["--config-file", QUICK_START, "DATASETS.TRAIN", "('mine',)"],
@@ -95,6 +102,28 @@ def test_good_command_is_launched(monkeypatch, tmp_path):
 def test_mistake_is_named(fails, args, message):
     error = fails(*args)
     assert re.search(message, error), error
+
+
+@pytest.mark.parametrize(
+    "device, precision, flags, refused",
+    [
+        ("cuda", "float16", "", False),
+        ("cuda", "bfloat16", "", False),
+        ("cuda", "half", "", True),
+        ("cpu", "float16", "avx512_bf16 amx_bf16", True),
+        ("cpu", "bfloat16", "avx2 avx512f", True),
+        ("cpu", "bfloat16", "avx512f avx512_bf16", False),
+        ("cpu", "bfloat16", "amx_bf16", False),
+    ],
+)
+def test_precision_that_a_cpu_emulates_is_refused(monkeypatch, device, precision, flags, refused):
+    cpuinfo = f"processor : 0\nflags\t\t: fpu {flags}\n"
+    monkeypatch.setattr("builtins.open", lambda path: io.StringIO(cpuinfo))
+    if refused:
+        with pytest.raises(UserError, match=rf"SOLVER\.AMP\.PRECISION .*{precision}"):
+            check_precision(device, precision)
+    else:
+        check_precision(device, precision)
 
 
 def test_missing_gpu_is_named(fails, monkeypatch):

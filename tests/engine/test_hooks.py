@@ -1,19 +1,27 @@
 import os
 import signal
 
+import cv2
 import pytest
 import torch
-from detectron2.engine import TrainerBase
-from detectron2.utils.events import get_event_storage
+from detectron2.data import DatasetCatalog
+from detectron2.data.detection_utils import annotations_to_instances
+from detectron2.engine import HookBase, TrainerBase
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks
+from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
 from gnws_d2.checkpoint import GNWSCheckpointer
 from gnws_d2.config import load_config
+from gnws_d2.data import shapes
 from gnws_d2.engine.hooks import (
     BestCheckpointer,
+    EarlyStop,
     PeriodicCheckpointer,
     StopOnSignal,
     WandbRun,
+    validation_loss,
 )
 
 
@@ -123,6 +131,33 @@ def test_signal_during_an_evaluation_ends_at_once(tmp_path):
     assert Trainer(tmp_path, hooks).resume() == 4
 
 
+def test_training_ends_when_ap_does_not_get_better(tmp_path, caplog):
+    caplog.set_level("INFO")
+    aps = [10, 30, 20, 25, 40, 50]
+
+    class Evaluation(HookBase):
+        def after_step(self):
+            ap = aps[self.trainer.iter]
+            self.trainer.storage.put_scalar("bbox/AP", ap, smoothing_hint=False)
+
+    def hooks(patience):
+        return [
+            lambda _: Evaluation(),
+            lambda checkpointer: BestCheckpointer(1, checkpointer, "bbox/AP", patience=patience),
+        ]
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with pytest.raises(EarlyStop):
+        Trainer(tmp_path / "a", hooks(2)).train(0, 6)
+    assert "has not got better in 2 evaluations: training ends after iteration 3" in caplog.text
+    assert torch.load(tmp_path / "a" / "model_final.pth")["iteration"] == 3
+    assert torch.load(tmp_path / "a" / "model_best.pth")["iteration"] == 1
+    trainer = Trainer(tmp_path / "b", hooks(3))
+    trainer.train(0, 6)
+    assert trainer.iter == 6  # AP got better at the fifth evaluation
+
+
 @pytest.mark.ci
 def test_weights_and_biases_gets_the_config_and_goes_on_when_resumed(tmp_path, monkeypatch):
     import wandb
@@ -142,3 +177,28 @@ def test_weights_and_biases_gets_the_config_and_goes_on_when_resumed(tmp_path, m
     trainer.train(trainer.resume(), 2)
     Trainer(tmp_path, hooks, look).train(0, 1)
     assert runs[0] == runs[1] == ("shapes", runs[0][1], 0.05) and runs[2][1] != runs[0][1]
+
+
+def test_validation_loss_is_the_mean_over_the_images(shapes_root, monkeypatch):
+    monkeypatch.setitem(shapes._SPLITS, "shapes_val", (5, 1))
+    cfg = load_config("configs/quick_start.yaml", ["INPUT.MIN_SIZE_TRAIN", "(64,)"])
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    records = [dict(d) for d in DatasetCatalog.get("shapes_val")]
+    losses = []
+    with torch.no_grad(), EventStorage(1):
+        for record in records:
+            image = cv2.imread(record["file_name"])[:, :, ::-1].transpose(2, 0, 1)
+            instances = annotations_to_instances(record["annotations"], (128, 128), "polygon")
+            instances.gt_masks = BitMasks.from_polygon_masks(instances.gt_masks, 128, 128)
+            torch.manual_seed(0)
+            given = {"image": torch.from_numpy(image.copy()), "instances": instances}
+            losses.append(model([given]))
+    with EventStorage(5) as storage:
+        actual = validation_loss(cfg, model)["validation"]
+        assert not storage.latest()
+    assert model.training
+    for name in losses[0]:
+        mean = sum(loss[name].item() for loss in losses) / len(losses)
+        assert actual[name] == pytest.approx(mean, rel=1e-4)
+    assert actual["total_loss"] == pytest.approx(sum(actual[name] for name in losses[0]))

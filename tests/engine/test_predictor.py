@@ -3,15 +3,21 @@ import json
 import sys
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from conftest import mmdet_state
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
 
 import train_net
 from gnws_d2 import Predictor, model_zoo
-from gnws_d2.checkpoint import catalog
+from gnws_d2.checkpoint import GNWSCheckpointer, catalog
+from gnws_d2.config import load_config
+from gnws_d2.data.coco import class_metadata
 from gnws_d2.data.transforms import OpenCVResizeShortestEdge
+from gnws_d2.engine.predictor import find_trained
 from gnws_d2.export import fold_model
 from gnws_d2.utils.errors import UserError
 
@@ -108,6 +114,71 @@ def test_images_are_batched(published, photographs):
     for output, image in zip(predictor(images), images):
         assert output["instances"].image_size == image.shape[:2]
         assert_equal(output["instances"], predictor(image)["instances"], rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """OUTPUT_DIR of a run with two classes, on datasets that are gone."""
+    path = tmp_path / "run"
+    path.mkdir()
+    opts = ["MODEL.ROI_HEADS.NUM_CLASSES", "2", "DATASETS.TEST", "('gone_val',)"]
+    cfg = load_config("quick_start", opts, [["gone_val", "gone.json", "gone"]])
+    (path / "config.yaml").write_text(cfg.dump())
+    checkpointer = GNWSCheckpointer(build_model(cfg), str(path), classes={5: "fig", 9: "date"})
+    for name in ("model_0000001", "model_best", "model_final"):
+        checkpointer.save(name)
+    yield path
+    MetadataCatalog.pop("gone_val", None)
+    DatasetCatalog.pop("gone_val", None)
+
+
+@pytest.mark.parametrize("given", ["run", "run/model_0000001.pth"])
+def test_trained_model_needs_only_its_name_and_knows_its_classes(run_dir, given):
+    opts = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
+    predictor = Predictor.from_pretrained(str(run_dir.parent / given), opts)
+    names = predictor.metadata.thing_classes
+    assert names == ["fig", "date"]
+    assert predictor.metadata.thing_dataset_id_to_contiguous_id == {5: 0, 9: 1}
+    assert MetadataCatalog.get("gone_val").thing_classes == names  # of Detectron2
+    assert predictor.cfg.MODEL.DEVICE == "cpu"
+    found = predictor(np.zeros((64, 64, 3), np.uint8))["instances"]
+    assert set(found.pred_classes.tolist()) <= {0, 1} and len(found)
+
+
+def test_best_checkpoint_of_a_run_is_taken_else_the_last(run_dir):
+    def weights():
+        return find_trained(str(run_dir)).MODEL.WEIGHTS
+
+    assert weights() == str(run_dir / "model_best.pth")
+    (run_dir / "model_best.pth").unlink()
+    assert weights() == str(run_dir / "model_final.pth")
+    (run_dir / "model_final.pth").unlink()
+    (run_dir / "last_checkpoint").write_text("model_0000001.pth")
+    assert weights() == str(run_dir / "model_0000001.pth")
+    (run_dir / "model_0000001.pth").unlink()
+    with pytest.raises(UserError, match=r"run is no trained model: .*model_best.pth does not"):
+        weights()
+
+
+def test_model_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no model mask_rcnn_R50: .* such as mask_rcnn_R50_gnws"):
+        Predictor.from_pretrained("mask_rcnn_R50")
+    with pytest.raises(UserError, match=r"is no trained model: .*config.yaml does not exist"):
+        Predictor.from_pretrained(str(tmp_path))
+
+
+def test_published_model_has_its_own_config_and_weights():
+    cfg = find_trained("faster_rcnn_R50_gnws_1x", ["SEED", "3"])
+    assert cfg.MODEL.WEIGHTS == "gnws://faster_rcnn_R50_gnws_1x" and cfg.SEED == 3
+    assert cfg.MODEL.DEVICE == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_classes_of_a_model_that_differ_from_those_of_the_dataset_are_its_own():
+    MetadataCatalog.get("other_names").thing_classes = ["kiwi", "pear"]
+    metadata = class_metadata("other_names", {1: "fig", 2: "date"})
+    assert metadata.thing_classes == ["fig", "date"]
+    assert MetadataCatalog.get("other_names").thing_classes == ["kiwi", "pear"]
+    MetadataCatalog.pop("other_names")
 
 
 def test_weights_of_another_network_are_an_error(published):

@@ -6,12 +6,15 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from detectron2.engine import AMPTrainer
+from detectron2.layers import batched_nms
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from gnws_d2.engine.train_loop import FiniteAMPTrainer, FiniteTrainer
+from gnws_d2 import model_zoo
+from gnws_d2.engine.train_loop import FiniteTrainer
 from gnws_d2.utils.errors import UserError
 
 
@@ -33,13 +36,15 @@ class Model(nn.Module):
         return {"loss_cls": out**2 + bad, "loss_mask": root}
 
 
-def make_trainer(kinds, skip=False, checkpoint=""):
+def make_trainer(kinds, skip=False, checkpoint="", precision=""):
     model = Model()
     data = [
         [{"kind": kind, "file_name": f"{i}{c}.jpg"} for c in "ab"] for i, kind in enumerate(kinds)
     ]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return FiniteTrainer(model, data, optimizer, skip=skip, last_checkpoint=lambda: checkpoint)
+    return FiniteTrainer(
+        model, data, optimizer, skip=skip, last_checkpoint=lambda: checkpoint, precision=precision
+    )
 
 
 def run(trainer, n, start=0):
@@ -93,19 +98,106 @@ def test_three_skipped_steps_in_a_row_stop():
         run(trainer, 1, start=4)
 
 
-def test_mixed_precision_leaves_the_gradients_to_the_scaler():
-    """A step needs a GPU."""
-    trainer = FiniteAMPTrainer(
-        Model(),
-        [],
-        torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1),
-        skip=True,
-        last_checkpoint=str,
-        grad_scaler=torch.amp.GradScaler("cpu", init_scale=8.0),
+def test_float16_leaves_the_gradients_to_the_scaler():
+    trainer = make_trainer(["", "gradient", ""], precision="float16")
+    run(trainer, 1)
+    before, scale = weights(trainer), trainer.grad_scaler.get_scale()
+    run(trainer, 1, start=1)
+    assert all(map(torch.equal, weights(trainer), before))
+    assert trainer.state_dict()["grad_scaler"]["scale"] == scale / 2
+    run(trainer, 1, start=2)
+    assert not all(map(torch.equal, weights(trainer), before))
+    resumed = make_trainer([], precision="float16")
+    resumed.load_state_dict(trainer.state_dict())
+    assert resumed.grad_scaler.get_scale() == scale / 2
+    resumed.load_state_dict(make_trainer([]).state_dict())  # of a run without a scaler
+
+
+def test_bfloat16_has_no_scaler_and_is_what_the_model_computes_with():
+    trainer = make_trainer([""], precision="bfloat16")
+    types = []
+    trainer.model.fc.register_forward_hook(lambda *args: types.append(args[2].dtype))
+    run(trainer, 1)
+    assert types == [torch.bfloat16] and not trainer.grad_scaler.is_enabled()
+
+
+@pytest.fixture
+def float64_nms(monkeypatch):
+    """Detectron2's NMS takes boxes in float32, and torchvision's then scores as well."""
+    monkeypatch.setattr(
+        "detectron2.modeling.proposal_generator.proposal_utils.batched_nms",
+        lambda boxes, scores, *args: batched_nms(boxes, scores.float(), *args),
     )
-    assert trainer.state_dict()["grad_scaler"]["scale"] == 8.0
-    trainer.model.fc.weight.grad = torch.full((1, 1), math.nan)
-    assert list(trainer._gradient_issues()) == [] and isinstance(trainer, AMPTrainer)
+
+
+def make_detector(masks):
+    """A detector in float64 that takes all anchors and proposals, and so draws no samples."""
+    torch.manual_seed(0)
+    cfg = model_zoo.get_config("quick_start")
+    cfg.MODEL.DEVICE, cfg.MODEL.MASK_ON = "cpu", masks
+    cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = 10_000
+    cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = 20
+    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 64
+    return build_model(cfg).double()
+
+
+def make_batch(n):
+    generator = torch.Generator().manual_seed(0)
+    batch = []
+    for i in range(n):
+        image = torch.randint(0, 256, (3, 96, 96), dtype=torch.uint8, generator=generator)
+        boxes = torch.tensor([[8.0 + 4 * i, 10, 60 + 4 * i, 70], [30, 40, 80, 90]])
+        instances = Instances((96, 96), gt_boxes=Boxes(boxes), gt_classes=torch.tensor([0, i % 3]))
+        instances.gt_masks = BitMasks(torch.rand(2, 96, 96, generator=generator) > 0.5)
+        batch.append({"image": image, "height": 96, "width": 96, "instances": instances})
+    return batch
+
+
+def accumulate(model, batches, steps):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    trainer = FiniteTrainer(
+        model, batches, optimizer, skip=False, last_checkpoint=str, accumulate_steps=steps
+    )
+    run(trainer, len(batches))
+    return trainer
+
+
+@pytest.mark.parametrize("steps", [4])
+def test_accumulated_steps_are_one_with_a_large_batch(float64_nms, steps):
+    """With as many proposals for each image, over which Detectron2's losses are means."""
+    batches = [make_batch(4)[::i] for i in (1, -1, 1)]
+    large = accumulate(make_detector(masks=False), batches, 1).model
+    small = accumulate(make_detector(masks=False), batches, steps).model
+    for (name, a), b in zip(large.named_parameters(), small.parameters()):
+        if a.grad is not None:
+            torch.testing.assert_close(b.grad, a.grad, rtol=1e-6, atol=1e-6, msg=name)
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_accumulated_gradient_and_losses_are_the_mean_over_the_parts(float64_nms):
+    """As of as many processes (DistributedDataParallel), whatever is in the images."""
+    model, batch = make_detector(masks=True), make_batch(3)
+    reference = make_detector(masks=True)
+    expected = {}
+    with EventStorage(0):
+        for record in batch:
+            losses = reference([record])
+            (sum(losses.values()) / 3).backward()
+            for name, loss in losses.items():
+                expected[name] = expected.get(name, 0) + loss.item() / 3
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    trainer = FiniteTrainer(
+        model, [batch], optimizer, skip=False, last_checkpoint=str, accumulate_steps=3
+    )
+    with EventStorage(0) as storage:
+        trainer.iter = 0
+        trainer.run_step()
+        latest = {name: value for name, (value, _) in storage.latest().items()}
+    for a, b in zip(reference.parameters(), model.parameters()):
+        if a.grad is not None:
+            torch.testing.assert_close(b.grad, a.grad, rtol=1e-9, atol=1e-12)
+    assert {name: latest[name] for name in expected} == pytest.approx(expected)
+    assert latest["total_loss"] == pytest.approx(sum(expected.values()))
 
 
 SCRIPT = """

@@ -159,6 +159,7 @@ def test_page_has_tides_errors(page, shapes):
 
 def test_pictures_are_of_the_images_with_most_mistakes(page, shapes):
     coco = COCO(shapes[1])
+    page = page[page.index("Images with most mistakes") :]
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
     mistakes = count_mistakes(evaluate_results(coco, predict(shapes), "bbox"), 0.5)
     expected = sorted((sum(map(len, m)) for m in mistakes.values()), reverse=True)
@@ -172,6 +173,54 @@ def test_pictures_are_of_the_images_with_most_mistakes(page, shapes):
     assert shown == expected[:5] and expected[5] > 0
 
 
+def test_page_starts_with_what_was_found_and_ends_with_the_settings(page, shapes):
+    coco = COCO(shapes[1])
+    mistakes = count_mistakes(evaluate_results(coco, predict(shapes), "bbox"), 0.5)
+    missed, false = (sum(len(m[i]) for m in mistakes.values()) for i in (0, 1))
+    objects = sum(not a["iscrowd"] for a in coco.anns.values())
+    assert f"<b>{objects - missed} of {objects} objects</b>" in page
+    assert f"<b>{false}</b> more detections are false" in page
+    order = ["What it found", "missed, on the left", "Typical images", "<figcaption>"]
+    order += ["Images with most", "AP: the share", "AP by class", "Errors", "Training", "What ran"]
+    places = [page.index(text) for text in order]
+    assert places == sorted(places)
+
+
+def test_typical_images_are_in_the_middle(page, shapes):
+    part = page[page.index("Typical images") : page.index("Images with most mistakes")]
+    numbers = re.findall(r"(\d+) of \d+ missed, (\d+) false", part)
+    typical = [int(a) + int(b) for a, b in numbers]
+    mistakes = count_mistakes(evaluate_results(COCO(shapes[1]), predict(shapes), "bbox"), 0.5)
+    every = sorted((sum(map(len, m)) for m in mistakes.values()), reverse=True)
+    first = (len(every) - 5) // 2
+    assert typical == every[first : first + 5]
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_page_tells_whether_test_images_were_trained_on(shapes, tmp_path, shared):
+    images = tmp_path / "images"
+    images.mkdir()
+    source = sorted(Path(shapes[2]).iterdir())
+    copies = [images / f"copy_{i}.png" for i in range(3)]
+    for i, path in enumerate(copies):
+        path.write_bytes(source[i].read_bytes() + (b"" if i < shared else b"x"))
+    coco = {"categories": COCO(shapes[1]).dataset["categories"], "annotations": []}
+    coco["images"] = [
+        {"id": i, "file_name": path.name, "width": 128, "height": 128}
+        for i, path in enumerate(copies)
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(coco))
+    train = [f"report_train_{shared}", str(tmp_path / "a.json"), str(images)]
+    names = ["DATASETS.TRAIN", f"('{train[0]}',)"]
+    run = write_run(tmp_path / "o", shapes, *names, results=predict(shapes), lines=metrics(19, 40))
+    make_report(run, [shapes, train])
+    page = (Path(run) / "report.html").read_text()
+    if shared:
+        assert "1 of these 30 images were trained on as well" in page
+    else:
+        assert "None of these images was trained on." in page
+
+
 def test_perfect_predictions_have_no_pictures_of_mistakes(shapes, tmp_path):
     results = []
     for a in (coco := COCO(shapes[1])).anns.values():
@@ -180,7 +229,8 @@ def test_perfect_predictions_have_no_pictures_of_mistakes(shapes, tmp_path):
         results.append({**keys, "score": 0.9, "segmentation": rle})
     page = report(write_run(tmp_path / "o", shapes, results=results), shapes)
     assert rows(page, "box")[0][0] == "100.0" and rows(page, "missed") == [["0.0", "0.0"]]
-    assert "<figcaption>" not in page and "Nothing was found" not in page
+    assert "Nothing was found" not in page and ">None.<" in page
+    assert " 0 false<" in page and "<b>0</b> more" in page
 
 
 def test_faster_rcnn_has_no_mask_ap(shapes, tmp_path):
@@ -279,8 +329,8 @@ def test_missing_image_is_one_sentence_and_leaves_no_page(shapes, tmp_path):
 
 def test_each_chart_is_drawn_once(page):
     assert re.findall(r'role="img" aria-label="([^"]*)"><svg', page) == [
-        "Loss", "Learning rate", "AP over time",
         "Precision and recall, box", "Precision and recall, mask",
+        "Loss", "Learning rate", "AP over time",
     ]  # fmt: skip
     assert page.count("<svg") == 5 and "image/svg" not in page
 

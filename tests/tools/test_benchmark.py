@@ -91,14 +91,14 @@ def run_script(*words, cwd):
 
 def test_script_writes_a_table_and_all_times(tmp_path):
     words = ["inference", "--config-file", "quick_start", "--image-size", "64", "96"]
-    words += ["--models", "GN+WS", "FrozenBN, AMP", "--turns", "1", "--runs", "2", "--opts", *TINY]
+    words += ["--models", "GN+WS", "FrozenBN", "--turns", "1", "--runs", "2", "--opts", *TINY]
     done = run_script(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "output" / "benchmark" / "inference.md").read_text()
-    assert text == done.stdout[:-1] and "| FrozenBN, AMP |" in text
+    assert text == done.stdout[:-1] and "| FrozenBN |" in text
     record = json.loads((tmp_path / "output" / "benchmark" / "inference.json").read_text())
     assert record["image_size"] == [64, 96] and record["opts"] == TINY
-    assert list(record["variants"]) == ["GN+WS", "FrozenBN, AMP"]
+    assert list(record["variants"]) == ["GN+WS", "FrozenBN"]
     for measured in record["variants"].values():
         assert len(measured["seconds"]["inference"]) == 2
         assert 10 * 2**20 < measured["memory_bytes"] < 2**30
@@ -122,10 +122,23 @@ def test_mistake_in_the_config_is_told_once(tmp_path, words, message):
     assert line.startswith(f"benchmark.py: error: {message}")
 
 
+def test_precision_that_the_cpu_emulates_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("gnws_d2.engine.checks._cpu_has_bfloat16", lambda: False)
+    args = arguments("train", "--config-file", "quick_start")
+    argv = ["benchmark_variants.py", "GN+WS, AMP", json.dumps(vars(args))]
+    monkeypatch.setattr(sys, "argv", argv)
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(sys, "stdout", sys.stdout)  # to be restored
+        benchmark_variants.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "benchmark.py: error: SOLVER.AMP.PRECISION bfloat16 is not for this CPU" in line
+
+
 @pytest.mark.parametrize("variant", ["GN+WS, AMP", "GN", "GN+WS, reference", "FrozenBN, AMP"])
 def test_memory_is_kept_where_entry_points_keep_it(monkeypatch, capsys, variant):
     kept = []
     monkeypatch.setattr(benchmark_variants, "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr(benchmark_variants, "check_precision", lambda *_: None)
     monkeypatch.setattr(benchmark_variants, "prepare_model", lambda *_: {"train": lambda: None})
     args = arguments("train", "--config-file", "quick_start", "--runs", "3")
     monkeypatch.setattr(sys, "argv", ["benchmark_variants.py", variant, json.dumps(vars(args))])

@@ -1,0 +1,47 @@
+"""Detectron2's test-time augmentation (``TEST.AUG``) with OpenCV's resize."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+from detectron2.modeling import DatasetMapperTTA, GeneralizedRCNN, GeneralizedRCNNWithTTA
+
+from ..data.transforms import OpenCVResizeShortestEdge
+from ..utils.errors import UserError
+
+
+class OpenCVDatasetMapperTTA(DatasetMapperTTA):
+    """:class:`DatasetMapperTTA` that resizes the original image, by OpenCV."""
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> list[dict[str, Any]]:
+        """
+        Args:
+            dataset_dict: its ``image``, (3, H, W) uint8, is of the original size.
+
+        Returns:
+            A dict for each of ``TEST.AUG.MIN_SIZES``, and for its mirror image with
+            ``TEST.AUG.FLIP``, with ``image`` and ``transforms``.
+        """
+        image = dataset_dict["image"].permute(1, 2, 0).numpy()
+        ret = []
+        for size in self.min_sizes:
+            resize = OpenCVResizeShortestEdge([size, size], self.max_size)
+            for flips in [[], [T.RandomFlip(prob=1.0)]][: 1 + self.flip]:
+                resized, transforms = T.apply_augmentations([resize, *flips], image)
+                tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+                ret.append({**dataset_dict, "image": tensor, "transforms": transforms})
+        return ret
+
+
+def with_tta(cfg: CfgNode, model: GeneralizedRCNN) -> GeneralizedRCNNWithTTA:
+    """
+    Wrap a model, whose inputs are then images of their original size. Raise :class:`UserError` if
+    Detectron2 does not support it.
+    """
+    if cfg.MODEL.KEYPOINT_ON or not isinstance(model, GeneralizedRCNN):
+        raise UserError(
+            "TEST.AUG.ENABLED is for a GeneralizedRCNN without keypoints: set it False."
+        )
+    return GeneralizedRCNNWithTTA(cfg, model, OpenCVDatasetMapperTTA(cfg))
