@@ -38,7 +38,7 @@ def test_notebook_is_committed_without_outputs(notebook):
 
 @pytest.mark.ci
 def test_notebook_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
-    for name in ("configs", "tests", "requirements.txt", "gnws_d2"):
+    for name in ("configs", "tests", "tools", "requirements.txt", "gnws_d2"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "notebooks").mkdir()
     shutil.copy(NOTEBOOK, tmp_path / "notebooks")
@@ -62,4 +62,4 @@ def test_notebook_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     assert len(pictures) == 4  # the photograph, losses, shapes, own data
     results = json.loads(outputs[-1].text)
     assert results["bbox"]["AP50"] > 30 and results["segm"]["AP50"] > 30
-    assert (tmp_path / "output" / "notebook" / "my_data" / "model_final.pth").is_file()
+    assert (tmp_path / "output" / "notebook" / "my_data" / "report.html").is_file()

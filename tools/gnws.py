@@ -11,6 +11,7 @@ from .arguments import train_argument_parser
 COMMANDS = {
     "train": ("train_net", "train a model and evaluate it"),
     "eval": ("train_net", "evaluate a model: AP on a dataset"),
+    "finetune": ("finetune", "train a model on your own data, in any common format"),
     "demo": ("demo", "draw what a model detects in images or a video"),
     "report": ("report", "write an HTML page about a run"),
     "convert": ("convert_weights", "convert a checkpoint from or to MMDetection's format"),

@@ -1,0 +1,304 @@
+"""`gnws finetune`, from a folder of pictures to a report, as a user runs it."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import uuid
+
+import cv2
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from PIL import Image
+
+from gnws_d2.data.formats import read_dataset
+from gnws_tools import finetune
+from gnws_tools.gnws import main
+
+SMALL = ["--model", "quick_start", "--epochs", "1", "--batch-size", "1"]
+KEYS = ["SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "1", "SOLVER.ACCUMULATE_STEPS", "1"]
+
+
+def gnws(command, *args, cwd):
+    code = "from gnws_tools.gnws import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, command, *map(str, args)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture
+def small(photographs, tmp_path):
+    """Four photographs, with their annotations as COCO."""
+    root = tmp_path / "small"
+    (root / "images").mkdir(parents=True)
+    coco = photographs.coco()
+    coco["images"] = coco["images"][:4]
+    ids = {image["id"] for image in coco["images"]}
+    coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] in ids]
+    for image in coco["images"]:
+        picture = cv2.imread(str(photographs.images / image["file_name"]))
+        picture = cv2.resize(picture, None, fx=0.2, fy=0.2, interpolation=cv2.INTER_AREA)
+        image["height"], image["width"] = picture.shape[:2]
+        cv2.imwrite(str(root / "images" / image["file_name"]), picture)
+    for annotation in coco["annotations"]:
+        annotation["bbox"] = [v / 5 for v in annotation["bbox"]]
+        annotation["segmentation"] = [[v / 5 for v in p] for p in annotation["segmentation"]]
+        annotation["area"] /= 25
+    return root, coco
+
+
+def as_coco(root, coco):
+    (root / "annotations").mkdir()
+    (root / "annotations" / "instances_default.json").write_text(json.dumps(coco))
+
+
+def as_yolo(root, coco):
+    (root / "labels").mkdir()
+    ids = [c["id"] for c in coco["categories"]]
+    names = [c["name"] for c in coco["categories"]]
+    (root / "data.yaml").write_text(yaml.safe_dump({"names": names}))
+    for image in coco["images"]:
+        size = [image["width"], image["height"]]
+        lines = []
+        for a in coco["annotations"]:
+            if a["image_id"] == image["id"]:
+                polygon = np.reshape(a["segmentation"][0], (-1, 2)) / size
+                lines.append(" ".join(map(str, [ids.index(a["category_id"]), *polygon.ravel()])))
+        stem = os.path.splitext(image["file_name"])[0]
+        (root / "labels" / f"{stem}.txt").write_text("\n".join(lines))
+
+
+def as_voc(root, coco):
+    names = {c["id"]: c["name"] for c in coco["categories"]}
+    for image in coco["images"]:
+        text = ""
+        for a in coco["annotations"]:
+            if a["image_id"] == image["id"]:
+                x, y, w, h = map(round, a["bbox"])
+                corners = {"xmin": x + 1, "ymin": y + 1, "xmax": x + w, "ymax": y + h}
+                box = "".join(f"<{key}>{value}</{key}>" for key, value in corners.items())
+                name = names[a["category_id"]]
+                text += f"<object><name>{name}</name><bndbox>{box}</bndbox></object>"
+        stem = os.path.splitext(image["file_name"])[0]
+        (root / "images" / f"{stem}.xml").write_text(f"<annotation>{text}</annotation>")
+
+
+def as_labelme(root, coco):
+    names = {c["id"]: c["name"] for c in coco["categories"]}
+    for image in coco["images"]:
+        shapes = [
+            {
+                "label": names[a["category_id"]],
+                "shape_type": "polygon",
+                "points": np.reshape(a["segmentation"][0], (-1, 2)).tolist(),
+            }
+            for a in coco["annotations"]
+            if a["image_id"] == image["id"]
+        ]
+        stem = os.path.splitext(image["file_name"])[0]
+        content = {"shapes": shapes, "imagePath": image["file_name"]}
+        (root / "images" / f"{stem}.json").write_text(json.dumps(content))
+
+
+def as_masks(root, coco):
+    for image in coco["images"]:
+        stem = os.path.splitext(image["file_name"])[0]
+        (root / "masks" / stem).mkdir(parents=True)
+        for a in coco["annotations"]:
+            if a["image_id"] == image["id"]:
+                rles = mask_util.frPyObjects(a["segmentation"], image["height"], image["width"])
+                mask = mask_util.decode(mask_util.merge(rles)) * 255
+                Image.fromarray(mask).save(root / "masks" / stem / f"{a['id']}.png")
+
+
+@pytest.fixture
+def gnws_here(tmp_path, monkeypatch):
+    """Run a command in this process, which has imported what it needs."""
+    monkeypatch.chdir(tmp_path)
+
+    def gnws_here(*args):
+        monkeypatch.setattr(sys, "argv", ["gnws", *map(str, args)])
+        with contextlib.suppress(SystemExit):
+            main()
+
+    return gnws_here
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("write", [as_coco, as_yolo, as_voc, as_labelme, as_masks])
+def test_each_format_trains_and_draws(small, tmp_path, gnws_here, write):
+    root, coco = small
+    write(root, coco)
+    out = tmp_path / f"out_{uuid.uuid4().hex}"  # a name is for one dataset in a process
+    gnws_here("finetune", "--data", root, "--output", out.name, *SMALL, *KEYS)
+    assert (out / "report.html").is_file() and (out / "model_final.pth").is_file()
+    written = [json.loads((out / "data" / f"{s}.json").read_text()) for s in ("train", "val")]
+    assert sum(len(c["images"]) for c in written) == 4
+    assert sum(len(c["annotations"]) for c in written) == len(coco["annotations"])
+    names = [c["name"] for c in written[0]["categories"]]
+    assert names == (["object"] if write is as_masks else ["date", "fig", "hazelnut"])
+    assert ("segmentation" in written[0]["annotations"][0]) == (write is not as_voc)
+    assert list(torch.load(out / "model_final.pth")["classes"].values()) == names
+    images = ["--input", *sorted((root / "images").glob("*.jpg"))]
+    gnws_here("demo", "--model", out.name, *images, "--output", "drawn")
+    assert len(list((tmp_path / "drawn").glob("*.jpg"))) == 4
+    drawn = json.loads((tmp_path / "drawn" / "detections.json").read_text())
+    assert [c["name"] for c in drawn["categories"]] == names
+
+
+@pytest.mark.ci
+def test_choices_are_shown_recorded_overridden_and_kept_by_resume(small, tmp_path):
+    root, coco = small
+    as_coco(root, coco)
+    keys = ["SOLVER.BASE_LR", "0.001", "SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "1"]
+    args = ["--output", "out", *SMALL, *keys, "SOLVER.ACCUMULATE_STEPS", "1"]
+    done = gnws("finetune", "--data", root, *args, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert re.search(r"MODEL.ROI_HEADS.NUM_CLASSES +3 +classes with objects", done.stdout)
+    assert "split by image, seed 0" in done.stdout
+    out = tmp_path / "out"
+    (start,) = json.loads((out / "run.json").read_text())
+    choices = {c["key"]: c for c in start["choices"]}
+    assert choices["TEST.VALIDATION_LOSS"]["reason"] == "each epoch"
+    assert "SOLVER.BASE_LR" not in choices  # given
+    config = yaml.safe_load((out / "finetune.yaml").read_text())
+    assert config["SOLVER"]["BASE_LR"] == 0.001 and config["SOLVER"]["MAX_ITER"] == 2
+    metrics = (out / "metrics.json").read_text()
+    assert "validation/total_loss" in metrics and "segm/AP" in metrics
+    for command in ("gnws demo --model out", "gnws finetune --resume --output out", "gnws export"):
+        assert command in done.stdout
+    done = gnws("finetune", "--resume", "--output", "out", "SOLVER.MAX_ITER", "3", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "Resuming" in done.stdout
+    assert torch.load(out / "model_final.pth")["iteration"] == 2
+
+
+def picture(path, size=(64, 48), mode="L"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size).save(path)
+
+
+def coco_file(path, images=("a.png", "b.png"), annotated=True, **values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coco = {
+        "images": [
+            {"id": i, "file_name": f, "width": 64, "height": 48} for i, f in enumerate(images)
+        ],
+        "categories": [{"id": 1, "name": "x"}],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": 1, "bbox": [1, 1, 9, 9], **values}
+            for i in range(len(images) * annotated)
+        ],
+    }
+    path.write_text(json.dumps(coco))
+
+
+def one_image(root):
+    picture(root / "images" / "a.png")
+    coco_file(root / "labels.json", ["a.png"])
+
+
+def no_objects(root):
+    for name in ("a", "b"):
+        picture(root / f"{name}.png")
+    coco_file(root / "labels.json", annotated=False)
+
+
+def no_objects_in_val(root):
+    for split in ("train", "valid"):
+        for name in ("a", "b"):
+            picture(root / split / f"{name}.png")
+        coco_file(root / split / "labels.json", annotated=split == "train")
+
+
+def another_size(root):
+    for name in ("a", "b"):
+        picture(root / f"{name}.png", (32, 32))
+    coco_file(root / "labels.json")
+
+
+def sixteen_bits(root):
+    for name in ("a", "b"):
+        picture(root / f"{name}.png", mode="I;16")
+    coco_file(root / "labels.json")
+
+
+def corners(root):
+    for name in ("a", "b"):
+        picture(root / f"{name}.png")
+    coco_file(root / "labels.json", bbox=[30, 30, 60, 44])
+
+
+def broken_json(root):
+    (root / "labels.json").write_text("{")
+
+
+MISTAKES = [
+    ([], "give either --data DIR or --train"),
+    (["--data", "gone"], "--data gone does not exist"),
+    (["--train", "gone.json", "."], "--train gone.json does not exist"),
+    (["--data", ".", "--val", "a", "b"], "give either|--val needs --train"),
+    (["--data", ".", "--epochs", "0"], "--epochs is at least 1"),
+    (["--data", ".", "--patience", "-1"], "--patience is at least 0"),
+    (["--resume"], "has no run to --resume"),
+    (["--data", "."], "holds no files, and none of COCO"),
+    (broken_json, "holds 1 files .*and none of COCO"),
+    (one_image, "has one image, which cannot be split"),
+    (no_objects, "has nothing in 'categories'|no image of the split"),
+    (no_objects_in_val, "no image of the split val has an object"),
+    (another_size, "Mismatched image shape"),
+    (sixteen_bits, "has 16 bits per channel"),
+    (corners, "boxes seem to be x1, y1, x2, y2"),
+    (["--data", ".", "--output", "/proc/x"], "OUTPUT_DIR|cannot be written|cannot write"),
+    (["--data", ".", "--model", "no_model"], "--config-file no_model"),
+    (["--data", ".", "SOLVER.LR", "1"], "there is no key SOLVER.LR"),
+]
+
+
+@pytest.mark.parametrize("what, message", MISTAKES)
+def test_mistake_is_one_sentence(tmp_path, monkeypatch, capsys, what, message):
+    root = tmp_path / "data with blänks"
+    root.mkdir()
+    monkeypatch.chdir(root)
+    if callable(what):
+        what(root)
+        args = ["--data", "."]
+    else:
+        args = what
+        if "--data" in args and ("--model" in args or "SOLVER.LR" in args or "/proc/x" in args):
+            for name in ("a", "b"):
+                picture(root / f"{name}.png")
+            coco_file(root / "labels.json")
+    if "--output" not in args:
+        name = f"out_{uuid.uuid4().hex}"  # a name is for one dataset in a process
+        args = ["--output", str(tmp_path / name), *args]
+    if "--model" not in args and "--resume" not in args:
+        args = ["--model", "quick_start", *args]
+    monkeypatch.setattr(sys, "argv", ["gnws finetune", *args])
+    with pytest.raises(SystemExit) as e:
+        finetune.main()
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert e.value.code == 2 and re.search(message, error), error
+    assert error.startswith("gnws finetune: error: ")
+
+
+def test_umlauts_and_blanks_in_names_are_no_mistake(tmp_path):
+    root = tmp_path / "Früchte und Nüsse"
+    for name in ("Äpfel 1", "Äpfel 2"):
+        picture(root / "images" / f"{name}.png")
+        picture(root / "masks" / f"{name}.png")
+    coco = read_dataset(str(root))["all"]
+    assert [i["file_name"] for i in coco["images"]] == ["images/Äpfel 1.png", "images/Äpfel 2.png"]
+    shutil.rmtree(root)
