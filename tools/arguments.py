@@ -1,6 +1,7 @@
 """Arguments shared by the scripts. Imports no PyTorch, so that --help does not wait for it."""
 
 import argparse
+import importlib.util
 import os
 
 
@@ -37,6 +38,21 @@ def train_argument_parser() -> argparse.ArgumentParser:
             resume=int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0,
         )
     return parser
+
+
+def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with an error if a local file that the options name does not exist."""
+    for name, *paths in args.dataset:
+        for path in paths:
+            if "://" not in path and not os.path.exists(path):
+                parser.error(f"--dataset {name}: {path} does not exist")
+    if args.config_file and not os.path.exists(args.config_file):
+        spec = importlib.util.find_spec("gnws_d2")  # without importing it
+        assert spec and spec.origin
+        configs = os.path.join(os.path.dirname(spec.origin), "model_zoo", "configs")
+        name = os.path.basename(args.config_file).removesuffix(".yaml")
+        if not os.path.exists(os.path.join(configs, f"{name}.yaml")):
+            parser.error(f"--config-file {args.config_file} does not exist")
 
 
 def add_dataset_argument(parser: argparse.ArgumentParser) -> None:

@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     add("--batch-size", type=int, metavar="N", help=text)
     text = "GPUs, or processes with MODEL.DEVICE cpu (default: 1)"
     add("--num-gpus", type=int, default=1, metavar="N", help=text)
-    text = "stop after N epochs without a better AP (default: 0, never)"
+    text = "stop after N evaluations without a better AP (default: 0, never)"
     add("--patience", type=int, default=0, metavar="N", help=text)
     add("--resume", action="store_true", help="continue the run in --output")
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys, after options")

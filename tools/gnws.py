@@ -5,7 +5,7 @@ import importlib
 import sys
 from importlib.metadata import version
 
-from .arguments import train_argument_parser
+from .arguments import check_files, train_argument_parser
 
 # The script and the description of each command.
 COMMANDS = {
@@ -39,6 +39,7 @@ def main() -> None:
     if args.command == "eval":
         sys.argv.insert(1, "--eval-only")
     if script == "train_net":
-        train_argument_parser().parse_args()  # --help and mistakes, before PyTorch is imported
+        train_parser = train_argument_parser()  # --help and mistakes, before PyTorch is imported
+        check_files(train_parser, train_parser.parse_args())
     module = importlib.import_module(f".{script}", __package__)
     getattr(module, "invoke_main", module.main)()

@@ -14,6 +14,7 @@ _SMALL_OBJECT = 32  # pixels, of COCO's definition: larger images for smaller ob
 _COVERED = 0.5  # IoU of a box with its best anchor
 _ENOUGH = 0.9  # share of boxes that are covered, to keep the anchors of the config
 _MIN_ITERATIONS = 500  # with fewer, batches are made smaller
+_MAX_EVALUATIONS = 30
 _IMAGES_AT_ONCE = 2  # per process, as in the recipe
 
 
@@ -155,7 +156,10 @@ def _schedule(
     accumulate_steps = share // images_at_once
     batch = num_processes * images_at_once * accumulate_steps
     iterations = math.ceil(epochs * num_images / batch)
-    epoch = math.ceil(num_images / batch)
+    # Of small data the evaluations would take longer than the training.
+    epochs_each = math.ceil(epochs / _MAX_EVALUATIONS)
+    period = epochs_each * math.ceil(num_images / batch)
+    when = "each epoch" if epochs_each == 1 else f"each {epochs_each} epochs"
     lr = solver.BASE_LR * batch / solver.IMS_PER_BATCH
     steps = {round(step / solver.MAX_ITER * iterations) for step in solver.STEPS}
     return [
@@ -172,8 +176,8 @@ def _schedule(
         Choice(
             "SOLVER.WARMUP_ITERS", min(solver.WARMUP_ITERS, iterations // 10), "at most a tenth"
         ),
-        Choice("TEST.EVAL_PERIOD", epoch, "each epoch"),
-        Choice("TEST.VALIDATION_LOSS", True, "each epoch"),
-        Choice("SOLVER.CHECKPOINT_PERIOD", epoch, "each epoch"),
+        Choice("TEST.EVAL_PERIOD", period, when),
+        Choice("TEST.VALIDATION_LOSS", True, "at each evaluation"),
+        Choice("SOLVER.CHECKPOINT_PERIOD", period, "at each evaluation"),
         Choice("SOLVER.CHECKPOINT_KEEP", 1, "beside the best"),
     ]

@@ -65,6 +65,13 @@ def test_batch_divides_among_processes_and_steps(num_processes, images_at_once):
         assert batch // num_processes // steps <= (images_at_once or 2)
 
 
+@pytest.mark.parametrize("epochs, each", [(1, 1), (30, 1), (60, 2), (61, 3)])
+def test_evaluations_are_each_epoch_or_thirty_in_all(epochs, each):
+    keys = derive(make_coco(100, (64, 64), (40, 40)), epochs=epochs)
+    epoch = -(-100 // keys["SOLVER.IMS_PER_BATCH"])
+    assert keys["TEST.EVAL_PERIOD"] == keys["SOLVER.CHECKPOINT_PERIOD"] == each * epoch
+
+
 def test_small_pictures_are_enlarged_only_for_small_objects():
     assert derive(make_coco(9, (400, 300), (90, 90)))["INPUT.MIN_SIZE_TEST"] == 300
     assert derive(make_coco(9, (400, 300), (20, 20)))["INPUT.MIN_SIZE_TEST"] == 480  # to 32

@@ -171,7 +171,7 @@ def test_choices_are_shown_recorded_overridden_and_kept_by_resume(small, tmp_pat
     out = tmp_path / "out"
     (start,) = json.loads((out / "run.json").read_text())
     choices = {c["key"]: c for c in start["choices"]}
-    assert choices["TEST.VALIDATION_LOSS"]["reason"] == "each epoch"
+    assert choices["TEST.EVAL_PERIOD"]["reason"] == "each epoch"
     assert "SOLVER.BASE_LR" not in choices  # given
     config = yaml.safe_load((out / "finetune.yaml").read_text())
     assert config["SOLVER"]["BASE_LR"] == 0.001 and config["SOLVER"]["MAX_ITER"] == 2

@@ -50,6 +50,12 @@ def test_every_command_is_listed_with_its_description():
         ([], "gnws: error: the following arguments are required: COMMAND"),
         (["trian"], "gnws: error: argument COMMAND: invalid choice: 'trian'"),
         (["train", "--num-gpus", "two"], "gnws train: error: argument --num-gpus: invalid int"),
+        (["train", "--config-file", "gone.yaml"], "train: error: --config-file gone.yaml does not"),
+        (
+            ["eval", "--dataset", "a", "gone.json", "."],
+            "eval: error: --dataset a: gone.json does not",
+        ),
+        (["finetune", "--data", "gone", "--output", "x"], "finetune: error: --data gone does not"),
         (["convert"], "gnws convert: error: the following arguments are required: IN, OUT"),
     ],
 )
@@ -65,13 +71,15 @@ def test_train_and_eval_are_train_net(monkeypatch):
     monkeypatch.setattr(train_net, "get_config", called.append)
     monkeypatch.setattr(train_net, "check_setup", lambda *_: sys.exit(7))
     for command in ("train", "eval"):
-        monkeypatch.setattr(sys, "argv", ["gnws", command, "--config-file", "a.yaml", "SEED", "1"])
+        monkeypatch.setattr(
+            sys, "argv", ["gnws", command, "--config-file", "quick_start", "SEED", "1"]
+        )
         with pytest.raises(SystemExit) as e:
             gnws.main()
         assert e.value.code == 7
     train, evaluate = called
     assert not train.eval_only and evaluate.eval_only
-    assert train.config_file == evaluate.config_file == "a.yaml"
+    assert train.config_file == evaluate.config_file == "quick_start"
     assert train.opts == evaluate.opts == ["SEED", "1"]
 
 
