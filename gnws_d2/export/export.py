@@ -57,7 +57,9 @@ def export_model(cfg: CfgNode, format: str, output_dir: str, images: str) -> int
         raise UserError(f"The directory --images {images} has no images.")
     inputs = {path: mapper({"file_name": path})["image"] for path in paths}
     image = inputs[paths[0]]
-    GNWSCheckpointer(model, strict=True).load(cfg.MODEL.WEIGHTS)
+    checkpointer = GNWSCheckpointer(model, strict=True)
+    checkpointer.load(cfg.MODEL.WEIGHTS)
+    classes = checkpointer.classes
     detector = partial(detect, model)
     folded, stock = fold_model(model, cfg)
     stock.MODEL.DEVICE = device
@@ -67,11 +69,11 @@ def export_model(cfg: CfgNode, format: str, output_dir: str, images: str) -> int
             # Deprecations, and what tracing may get wrong, which is verified.
             warnings.simplefilter("ignore")
             if format == "folded":
-                files, exported = to_folded(folded, stock)
+                files, exported = to_folded(folded, stock, classes)
             elif format == "torchscript":
-                files, exported = to_torchscript(folded)
+                files, exported = to_torchscript(folded, classes)
             else:  # traced with another image size than it is verified with
-                files, exported = to_onnx(folded, image[:, ::2, ::2].contiguous())
+                files, exported = to_onnx(folded, image[:, ::2, ::2].contiguous(), classes)
         matched = _verify(detector, exported, inputs, cfg)
         os.makedirs(output_dir, exist_ok=True)
     except UserError:

@@ -1,6 +1,7 @@
 """The file formats: folded for Detectron2, TorchScript by scripting, ONNX by tracing."""
 
 import io
+import json
 from functools import partial
 from typing import Any
 
@@ -14,16 +15,21 @@ from torch import Tensor, nn
 
 from .detections import Detector, detect
 
+Classes = dict[Any, str] | None  # as of GNWSCheckpointer
+
 # All fields of `Instances` inside the model.
 _FIELDS = dict.fromkeys(("proposal_boxes", "pred_boxes"), Boxes) | dict.fromkeys(
     ("objectness_logits", "scores", "pred_classes", "pred_masks"), Tensor
 )
 
 
-def to_folded(model: GeneralizedRCNN, cfg: CfgNode) -> tuple[dict[str, bytes], Detector]:
+def to_folded(
+    model: GeneralizedRCNN, cfg: CfgNode, classes: Classes
+) -> tuple[dict[str, bytes], Detector]:
     """Export a folded model for Detectron2, with its config. Return the files and their model."""
     f = io.BytesIO()
-    torch.save({"model": model.state_dict(), "weight_standardization": False}, f)
+    known = {"classes": classes} if classes else {}
+    torch.save({"model": model.state_dict(), "weight_standardization": False, **known}, f)
     files = {"model.pth": f.getvalue(), "config.yaml": cfg.dump().encode()}
     return files, partial(detect, model)
 
@@ -40,11 +46,15 @@ class _ScriptAdapter(nn.Module):
         return instances[0].get_fields()
 
 
-def to_torchscript(model: GeneralizedRCNN) -> tuple[dict[str, bytes], Detector]:
-    """Export a folded model, whose parameters stop requiring gradients, to TorchScript."""
+def to_torchscript(model: GeneralizedRCNN, classes: Classes) -> tuple[dict[str, bytes], Detector]:
+    """
+    Export a folded model, whose parameters stop requiring gradients, to TorchScript, with its
+    class names as JSON in the extra file "classes".
+    """
     adapter = _ScriptAdapter(model.requires_grad_(False)).eval()
     f = io.BytesIO()
-    torch.jit.save(scripting_with_instances(adapter, _FIELDS), f)
+    extra = {"classes": json.dumps(list(classes.values()))} if classes else {}
+    torch.jit.save(scripting_with_instances(adapter, _FIELDS), f, _extra_files=extra)
     f.seek(0)
     return {"model.ts": f.getvalue()}, torch.jit.load(f)
 
@@ -56,8 +66,13 @@ class _NeverEmptyMaskHead(MaskRCNNConvUpsampleHead):
         return super().layers(torch.cat([x, x.new_zeros(1, *x.shape[1:])]))[:-1]
 
 
-def to_onnx(model: GeneralizedRCNN, image: Tensor) -> tuple[dict[str, bytes], Detector]:
-    """Export a folded model, which is of no other use afterwards, to ONNX by tracing `image`."""
+def to_onnx(
+    model: GeneralizedRCNN, image: Tensor, classes: Classes
+) -> tuple[dict[str, bytes], Detector]:
+    """
+    Export a folded model, which is of no other use afterwards, to ONNX by tracing `image`, with
+    its class names as JSON in the metadata "classes".
+    """
     import onnx  # optional requirements
     import onnxruntime
 
@@ -83,6 +98,8 @@ def to_onnx(model: GeneralizedRCNN, image: Tensor) -> tuple[dict[str, bytes], De
         sizes = example[output.name].shape[1:]
         for dim, size in zip(output.type.tensor_type.shape.dim[1:], sizes, strict=True):
             dim.dim_value = size
+    if classes:
+        proto.metadata_props.add(key="classes", value=json.dumps(list(classes.values())))
     data = proto.SerializeToString()
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
 

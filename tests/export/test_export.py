@@ -1,5 +1,6 @@
 """Exported models give the same detections in programs that cannot import this project."""
 
+import json
 import logging
 import os
 import runpy
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from conftest import mmdet_state
@@ -27,6 +29,7 @@ NETWORKS = {
     for name in model_zoo.names()[:8]
 }
 
+CLASSES = ["circle", "square", "triangle"]
 FORMATS = {
     "folded": ["config.yaml", "model.pth"],
     "torchscript": ["model.ts"],
@@ -135,7 +138,7 @@ def small(tmp_path_factory):
             state[key] = (0.2 if "conv3" in key else 1) * (1 + 0.1 * random)
         else:
             state[key] = 0.1 * random
-    torch.save({"model": state}, path)
+    torch.save({"model": state, "classes": dict(enumerate(CLASSES, 1))}, path)
     return cfg
 
 
@@ -161,6 +164,18 @@ def test_finds_the_same_in_images_of_any_size_and_nothing_in_others(
     assert sorted(os.listdir(tmp_path)) == FORMATS[format]
     for actual, instances in zip(run_user(format, tmp_path, images), expected):
         assert_same(actual, instances)
+    assert read_classes(format, tmp_path) == CLASSES
+
+
+def read_classes(format, directory):
+    if format == "folded":
+        return list(torch.load(directory / "model.pth")["classes"].values())
+    if format == "torchscript":
+        extra = {"classes": ""}
+        torch.jit.load(directory / "model.ts", _extra_files=extra)
+        return json.loads(extra["classes"])
+    session = onnxruntime.InferenceSession(directory / "model.onnx")
+    return json.loads(session.get_modelmeta().custom_metadata_map["classes"])
 
 
 def test_onnx_file_says_what_goes_in_and_out(small, photographs, tmp_path):
@@ -190,10 +205,10 @@ def test_onnx_file_says_what_goes_in_and_out(small, photographs, tmp_path):
 def test_export_that_differs_is_an_error_and_leaves_the_old_files(
     small, photographs, tmp_path, monkeypatch
 ):
-    def export_wrong(model):
+    def export_wrong(model, classes):
         with torch.no_grad():
             model.roi_heads.box_predictor.bbox_pred.bias += 1
-        return to_torchscript(model)
+        return to_torchscript(model, classes)
 
     to_torchscript = export.to_torchscript
     monkeypatch.setattr(export, "to_torchscript", export_wrong)
