@@ -52,11 +52,11 @@ def parse_args() -> argparse.Namespace:
         parser.error("give either --data DIR or --train ANNOTATIONS.json IMAGE_ROOT")
     if args.val and not args.train:
         parser.error("--val needs --train")
-    for name, path in [("--data", args.data), *(("--train", p) for p in args.train or [])] + [
-        ("--val", p) for p in args.val or []
-    ]:
-        if path and not os.path.exists(path):
-            parser.error(f"{name} {path} does not exist")
+    given = {"--data": [args.data], "--train": args.train or [], "--val": args.val or []}
+    for name, paths in given.items():
+        for path in filter(None, paths):
+            if not os.path.exists(path):
+                parser.error(f"{name} {path} does not exist")
     for name in ("epochs", "batch_size", "num_gpus"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is at least 1")
@@ -128,6 +128,8 @@ def prepare(args: argparse.Namespace, config_file: str) -> "list[Choice]":
     ]
     choices = [c for c in choices if c.key not in given]
     _write(splits, files, model, choices, given, config_file)
+    for file, root in zip(files, roots):
+        _check(file, root)
     rows = [[c.key, c.value, c.reason] for c in choices if c.key != "DATASETS.COCO"]
     rows += [[key, value, "given"] for key, value in given.items()]
     print(tabulate(rows, ["key", "value", "why"], maxcolwidths=[None, 40, 60]) + "\n")
@@ -160,6 +162,19 @@ def _read_splits(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], s
         if not any(not a.get("iscrowd") for a in coco["annotations"]):
             raise UserError(f"{source}: no image of the split {name} has an object.")
     return splits, [os.path.abspath(root) for root in roots], reason
+
+
+def _check(json_file: str, image_root: str) -> None:
+    """Open all images, so that training does not stop at one hours later."""
+    from gnws_d2.data.check import check_dataset
+    from gnws_d2.utils.errors import UserError
+
+    errors = [i.message for i in check_dataset(json_file, image_root) if i.level == "error"]
+    if errors:
+        raise UserError(
+            f"{json_file}: {errors[0]} ({len(errors)} errors in all: gnws check-dataset "
+            f"{json_file} {image_root} lists them.)"
+        )
 
 
 def _weights(model: str, base: "CfgNode") -> str:

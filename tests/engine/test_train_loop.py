@@ -36,14 +36,20 @@ class Model(nn.Module):
         return {"loss_cls": out**2 + bad, "loss_mask": root}
 
 
-def make_trainer(kinds, skip=False, checkpoint="", precision=""):
+def make_trainer(kinds, skip=False, checkpoint="", precision="", steps=1):
     model = Model()
     data = [
         [{"kind": kind, "file_name": f"{i}{c}.jpg"} for c in "ab"] for i, kind in enumerate(kinds)
     ]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     return FiniteTrainer(
-        model, data, optimizer, skip=skip, last_checkpoint=lambda: checkpoint, precision=precision
+        model,
+        data,
+        optimizer,
+        skip=skip,
+        last_checkpoint=lambda: checkpoint,
+        precision=precision,
+        accumulate_steps=steps,
     )
 
 
@@ -220,6 +226,14 @@ def main():
             assert skip and trainer.num_skipped == 1
         a, b = comm.all_gather(weights(trainer))
         assert all(map(torch.equal, a, b)) and all(w.isfinite().all() for w in a)
+    accumulated = []
+    for steps in (1, 2):
+        torch.manual_seed(0)
+        trainer = make_trainer(["", ""], steps=steps)
+        trainer.model = torch.nn.parallel.DistributedDataParallel(trainer.model)
+        run(trainer, 2)
+        accumulated.append(weights(trainer))
+    assert all(map(torch.allclose, *accumulated))
     trainer = make_trainer(["", ""])
     trainer.received_signal = signal.SIGTERM if comm.get_rank() else 0
     run(trainer, 1)
