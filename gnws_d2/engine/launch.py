@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -44,7 +45,11 @@ def leave_process_group() -> None:
     """
     End the threads of Gloo. One that frees a tensor while the interpreter shuts down aborts the
     process ("terminate called without an active exception").
+
+    Wait first, so that a process that fails because another has ended ends well after it: the
+    launcher shows the error of the first that it sees.
     """
+    time.sleep(1)
     if dist.get_backend() == "gloo":
         # Detectron2's references would keep the groups alive.
         comm._get_global_gloo_group.cache_clear()

@@ -285,7 +285,7 @@ def test_no_thread_of_gloo_is_left_at_exit(process_group):
 
 def config(tmp_path, *opts):
     args = argparse.Namespace(config_file=QUICK_START[1], dataset=[], opts=list(opts))
-    args.machine_rank = 0
+    args.machine_rank, args.eval_only = 0, False
     return get_config(args), args
 
 
