@@ -113,6 +113,7 @@ def _evaluate(run: Run, dataset_name: str) -> dict[str, Any]:
     worst = sorted(mistakes, key=lambda image_id: -sum(map(len, mistakes[image_id])))
     num_objects = sum(not a.get("iscrowd") for a in truth.anns.values())
     num_missed, num_false = (sum(len(m[i]) for m in mistakes.values()) for i in (0, 1))
+    shown = [image_id for image_id in worst[:_NUM_PICTURES] if any(mistakes[image_id])]
     draw = partial(_pictures, boxes, dataset_name, mistakes=mistakes, masks="mask" in analyses)
     errors = {name: a.errors for name, a in analyses.items() if a.errors}
     return {
@@ -128,8 +129,8 @@ def _evaluate(run: Run, dataset_name: str) -> dict[str, Any]:
         "largest_error": max((max(e.values()) for e in errors.values()), default=0),
         "published": {name: row[f"{name}_ap"] for name in analyses if row},
         "precision": precision,
-        "typical": [draw(image_id) for image_id in _median(worst)],
-        "worst": [draw(image_id) for image_id in worst[:_NUM_PICTURES] if any(mistakes[image_id])],
+        "typical": [draw(image_id) for image_id in _median(worst) if image_id not in shown],
+        "worst": [draw(image_id) for image_id in shown],
     }
 
 
@@ -195,7 +196,8 @@ def _training_charts(run: Run) -> dict[str, str]:
             curves[key] = [line["iteration"] for line in lines], [line[key] for line in lines]
     charts = {}
     for title, pattern, y_label in (
-        ("Loss", "loss", "loss"),
+        ("Loss", "^(total_)?loss", "loss"),
+        ("Loss on the test images", "^validation/.*loss", "loss"),
         ("Learning rate", "^lr$", "learning rate"),
         ("AP over time", "/AP$", "AP (%)"),
     ):

@@ -196,6 +196,26 @@ def test_typical_images_are_in_the_middle(page, shapes):
     assert typical == every[first : first + 5]
 
 
+def test_few_images_are_shown_once(shapes, tmp_path):
+    coco = json.loads(Path(shapes[1]).read_text())
+    coco["images"] = coco["images"][:4]
+    ids = {image["id"] for image in coco["images"]}
+    coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] in ids]
+    (tmp_path / "few.json").write_text(json.dumps(coco))
+    dataset = ["report_few", str(tmp_path / "few.json"), shapes[2]]
+    results = [r for r in predict(shapes) if r["image_id"] in ids]
+    page = report(write_run(tmp_path / "o", dataset, results=results), dataset)
+    shown = re.findall(r"\(image (\d+)\)", page)
+    assert len(shown) == len(set(shown)) > 2
+
+
+def test_losses_on_the_test_images_have_a_chart_of_their_own(shapes, tmp_path):
+    lines = [{**line, "validation/loss_cls": 1.5} for line in metrics(19, 40)]
+    page = report(write_run(tmp_path / "o", shapes, lines=lines), shapes)
+    assert 'aria-label="Loss"' in page and 'aria-label="Loss on the test images"' in page
+    assert page.count("<svg") == 3
+
+
 @pytest.mark.parametrize("shared", [0, 1])
 def test_page_tells_whether_test_images_were_trained_on(shapes, tmp_path, shared):
     images = tmp_path / "images"
