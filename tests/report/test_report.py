@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from detectron2.data import MetadataCatalog
 from pycocotools.coco import COCO
 from test_run_dir import START
 
@@ -39,6 +40,16 @@ def metrics(first, last, ap=None):
         for i in range(first, last, 20)
     ]
     return lines + ([{"iteration": last, "bbox/AP": ap, "segm/AP": ap - 1}] if ap else [])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built_in_data(tmp_path_factory):
+    """Where shapes_train is generated, for no other test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(tmp_path_factory.mktemp("datasets")))
+        yield
+    for key in ("json_file", "image_root"):
+        MetadataCatalog.get("shapes_train").__dict__.pop(key, None)
 
 
 @pytest.fixture(scope="module")
