@@ -74,7 +74,7 @@ def test_evaluations_are_each_epoch_or_thirty_in_all(epochs, each):
 
 def test_small_pictures_are_enlarged_only_for_small_objects():
     assert derive(make_coco(9, (400, 300), (90, 90)))["INPUT.MIN_SIZE_TEST"] == 300
-    assert derive(make_coco(9, (400, 300), (20, 20)))["INPUT.MIN_SIZE_TEST"] == 480  # to 32
+    assert derive(make_coco(9, (400, 300), (20, 20)))["INPUT.MIN_SIZE_TEST"] == 330  # to 22
     assert derive(make_coco(9, (400, 300), (4, 4)))["INPUT.MIN_SIZE_TEST"] == 600  # twice
     assert derive(make_coco(9, (900, 700), (4, 4)))["INPUT.MIN_SIZE_TEST"] == 800
 
@@ -82,7 +82,7 @@ def test_small_pictures_are_enlarged_only_for_small_objects():
 def test_model_of_small_images_gets_larger_ones_only_for_small_objects():
     """The quick start's has 128 pixels."""
     assert derive(make_coco(9, (800, 600), (300, 300)), "quick_start")["INPUT.MIN_SIZE_TEST"] == 128
-    assert derive(make_coco(9, (800, 600), (80, 80)), "quick_start")["INPUT.MIN_SIZE_TEST"] == 240
+    assert derive(make_coco(9, (800, 600), (80, 80)), "quick_start")["INPUT.MIN_SIZE_TEST"] == 165
     assert derive(make_coco(9, (90, 80), (40, 40)), "quick_start")["INPUT.MIN_SIZE_TEST"] == 80
 
 
