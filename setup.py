@@ -17,10 +17,12 @@ setup(
     install_requires=[
         "detectron2",
         "fvcore",
+        "hotcoco>=1.3",
         "iopath",
         "matplotlib",
         "numpy",
         "opencv-python",
+        "orjson",
         "Pillow",
         "pycocotools",
         "PyYAML",
@@ -31,7 +33,7 @@ setup(
     ],
     # What single tools need besides.
     extras_require={
-        "report": ["Jinja2", "tidecv"],
+        "report": ["Jinja2"],
         "onnx": ["onnx", "onnxruntime"],
         "wandb": ["wandb"],
         "dev": [

@@ -138,7 +138,7 @@ def prepare(args: argparse.Namespace, config_file: str) -> "list[Choice]":
 
 def _read_splits(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], str]:
     """Return the COCO dict of "train" and "val", their image roots, and how they were split."""
-    from gnws_d2.data.check import read_coco_json
+    from gnws_d2.data.coco_json import read_coco_json
     from gnws_d2.data.formats import complete_coco, read_dataset
     from gnws_d2.data.split import split_dataset, unify_classes
     from gnws_d2.utils.errors import UserError

@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 floor=(torch==2.4.1 torchvision==0.19.1 numpy==1.26.4 opencv-python==4.11.0.86)
-others=(black cloudpickle fvcore hydra-core hypothesis iopath matplotlib omegaconf packaging pillow
+others=(black cloudpickle fvcore hydra-core hypothesis iopath matplotlib omegaconf orjson packaging pillow
     pycocotools pytest pytest-xdist setuptools tabulate tensorboard termcolor tqdm yacs)
 
 venv=$PWD/.venv-floor

@@ -1,7 +1,6 @@
 """Checks of a dataset in COCO format, before training and for ``tools/check_dataset.py``."""
 
 import itertools
-import json
 import logging
 import math
 import os
@@ -18,9 +17,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..utils.errors import UserError
+from .coco_json import COCO_ITEMS, read_coco_json
 from .dataset_mapper import BadImageError, read_image
-
-_ITEMS = {"categories": "category", "images": "image", "annotations": "annotation"}
+from .screening import screen_annotations, screen_images
 
 # Shorten values from a file to fit in a message.
 _repr = reprlib.Repr()
@@ -46,6 +45,7 @@ def check_coco_json(
     evaluation: bool = False,
     skip_bad_images: bool = False,
     object_limits: Mapping[str, int] = {},
+    keep: bool = False,
 ) -> list[str]:
     """
     Check an annotation file, and that its images exist, without opening them. Log a warning for
@@ -58,6 +58,7 @@ def check_coco_json(
         skip_bad_images: whether a missing image is only a warning.
         object_limits: by config key, the number of objects in an image that the model can find.
             More of them are a warning.
+        keep: see :func:`read_coco_json`.
 
     Returns:
         The class names in the order of their ids, as Detectron2 numbers them.
@@ -65,7 +66,7 @@ def check_coco_json(
     Raises:
         UserError: for the first error, with the file and the id of the annotation or image.
     """
-    coco = read_coco_json(json_file)
+    coco = read_coco_json(json_file, keep=keep)
     if _boxes_are_corners(coco):
         raise UserError(
             f"{json_file}: the boxes seem to be x1, y1, x2, y2, as none would be over the edge of "
@@ -128,31 +129,6 @@ def read_categories(json_file: str) -> dict[Any, str]:
     return {c["id"]: c["name"] for c in sorted(coco["categories"], key=lambda c: c["id"])}
 
 
-def read_coco_json(json_file: str) -> dict[str, Any]:
-    """
-    Read an annotation file, with lists of dicts in "images", "categories" and "annotations".
-
-    Raises:
-        UserError: if it cannot be read or has another format.
-    """
-    try:
-        with PathManager.open(json_file) as f:
-            content = json.load(f)
-    except OSError as e:
-        raise UserError(f"Cannot read the annotation file {json_file}: {e.strerror or e}.") from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"The annotation file {json_file} is not valid JSON: {e}.") from e
-    # Sets for testing have no annotations.
-    coco = {"annotations": [], **content} if isinstance(content, dict) else {}
-    for key in _ITEMS:
-        items = coco.get(key)
-        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-            raise UserError(f"{json_file} is not in COCO's instances format: no list {key!r}.")
-        if not items and key != "annotations":
-            raise UserError(f"{json_file} has nothing in {key!r}.")
-    return coco
-
-
 def find_issues(coco: dict[str, Any], image_root: str, *, masks: bool) -> Iterator[Issue]:
     """
     Find the issues that show without opening an image.
@@ -162,7 +138,7 @@ def find_issues(coco: dict[str, Any], image_root: str, *, masks: bool) -> Iterat
         image_root: directory of the images. Symbolic links in it are followed.
         masks: whether every annotation needs a segmentation.
     """
-    for key, item in _ITEMS.items():
+    for key, item in COCO_ITEMS.items():
         yield from _find_id_issues(coco[key], item)
     for category in coco["categories"]:
         name = category.get("name")
@@ -170,12 +146,13 @@ def find_issues(coco: dict[str, Any], image_root: str, *, masks: bool) -> Iterat
         if not isinstance(name, str) or not name.isprintable():
             what = f"has the name {_short(name)}, which is not printable text."
             yield _issue("category", category, "error", "category name", what)
-    for image in coco["images"]:
+    images, of_images = coco["images"], [_size(image) for image in coco["images"]]
+    sizes = dict(zip((image.get("id") for image in images), of_images))
+    for image in images if None in of_images else screen_images(images, image_root):
         for found in _find_image_issues(image, image_root):
             yield _issue("image", image, *found)
     class_ids = {category.get("id") for category in coco["categories"]}
-    sizes = {image.get("id"): _size(image) for image in coco["images"]}
-    for annotation in coco["annotations"]:
+    for annotation in screen_annotations(coco["annotations"], sizes, class_ids, masks):
         for found in _find_annotation_issues(annotation, sizes, class_ids, masks):
             yield _issue("annotation", annotation, *found)
 
@@ -189,6 +166,9 @@ def _issue(item: str, content: dict[str, Any], level: str, kind: str, what: str)
 
 
 def _find_id_issues(contents: list[dict[str, Any]], item: str) -> Iterator[Issue]:
+    ids = [content.get("id") for content in contents]
+    if {int}.issuperset(map(type, ids)) and len(set(ids)) == len(ids):
+        return
     seen: set[Any] = set()
     type_ = str if contents and isinstance(contents[0].get("id"), str) else (int, float)
     for content in contents:

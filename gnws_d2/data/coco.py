@@ -1,15 +1,17 @@
 """Register COCO datasets, and check that a config fits them."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
 from ..utils.errors import UserError
+from ..utils.process import release_freed_memory
 from .check import check_coco_json, read_categories
+from .coco_json import load_coco_json
 
 
 def register_coco_datasets(datasets: Sequence[Sequence[str]]) -> None:
@@ -24,7 +26,11 @@ def register_coco_datasets(datasets: Sequence[Sequence[str]]) -> None:
     """
     for name, json_file, image_root in datasets:
         if name not in DatasetCatalog:
-            register_coco_instances(name, {}, json_file, image_root)
+            load = partial(load_coco_json, json_file, image_root, name)
+            DatasetCatalog.register(name, load)
+            MetadataCatalog.get(name).set(
+                json_file=json_file, image_root=image_root, evaluator_type="coco"
+            )
         metadata = MetadataCatalog.get(name)
         if (metadata.get("json_file"), metadata.get("image_root")) != (json_file, image_root):
             raise UserError(
@@ -32,10 +38,16 @@ def register_coco_datasets(datasets: Sequence[Sequence[str]]) -> None:
             )
 
 
-def check_datasets(cfg: CfgNode, keys: tuple[str, ...]) -> None:
+def check_datasets(cfg: CfgNode, keys: tuple[str, ...], *, keep: bool = False) -> None:
     """
-    Check that the datasets of a config exist and have the classes that the model predicts; raise
-    :class:`UserError` for the first mistake. `keys` are "TRAIN", "TEST" or both.
+    Check that the datasets of a config exist and have the classes that the model predicts.
+
+    Args:
+        keys: "TRAIN", "TEST" or both.
+        keep: keep the datasets of the first key in memory, for this process to load.
+
+    Raises:
+        UserError: for the first mistake.
     """
     if "TRAIN" in keys and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a dataset to train on.")
@@ -44,7 +56,7 @@ def check_datasets(cfg: CfgNode, keys: tuple[str, ...]) -> None:
         for name in cfg.DATASETS[key]:
             if name in classes:
                 continue
-            classes[name] = _check_dataset(cfg, key, name)
+            classes[name] = _check_dataset(cfg, key, name, keep and key == keys[0])
             first, expected = next(iter(classes.items()))
             if classes[name] != expected:
                 raise UserError(
@@ -53,6 +65,7 @@ def check_datasets(cfg: CfgNode, keys: tuple[str, ...]) -> None:
                     "classes."
                 )
             check_num_classes(cfg, name, classes[name])
+    release_freed_memory()
 
 
 def check_num_classes(cfg: CfgNode, dataset: str, classes: list[str]) -> None:
@@ -100,7 +113,7 @@ def check_registered(key: str, dataset: str) -> None:
         )
 
 
-def _check_dataset(cfg: CfgNode, key: str, name: str) -> list[str]:
+def _check_dataset(cfg: CfgNode, key: str, name: str, keep: bool) -> list[str]:
     """Check the files of a dataset and return its class names."""
     check_registered(key, name)
     metadata = MetadataCatalog.get(name)
@@ -121,6 +134,7 @@ def _check_dataset(cfg: CfgNode, key: str, name: str) -> list[str]:
         masks=cfg.MODEL.MASK_ON,
         evaluation=evaluation,
         object_limits=_object_limits(cfg),
+        keep=keep,
         skip_bad_images=cfg.INPUT.ON_BAD_IMAGE == "skip" and not evaluation,
     )
 

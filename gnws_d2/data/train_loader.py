@@ -6,6 +6,7 @@ import math
 import os
 import random
 import signal
+import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -14,19 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList
+from detectron2.data import DatasetFromList, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.build import _train_loader_from_config, trivial_batch_collator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..utils.errors import UserError
-from ..utils.process import end_with_parent
+from ..utils.process import end_with_parent, release_freed_memory
 from .dataset_mapper import BadImageError
 
 # An element of the stream: its position there, and an index into the dataset.
 _Key = tuple[int, int]
 
 _MAX_REPLACEMENTS = 10
+_CLASSES = ("thing_classes", "thing_dataset_id_to_contiguous_id")  # of metadata
 _HAS_SIGWAITINFO = hasattr(signal, "sigwaitinfo")  # not on macOS
 _BLOCKED_SIGNALS = {signal.SIGINT, signal.SIGTERM} if _HAS_SIGWAITINFO else {signal.SIGINT}
 
@@ -43,7 +45,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        dataset: list[dict[str, Any]],
+        dataset: Any,
         *,
         sampler: Sampler,
         mapper: Callable[[dict[str, Any]], dict[str, Any]],
@@ -55,7 +57,8 @@ class TrainLoader:
     ):
         """
         Args:
-            dataset, mapper, aspect_ratio_grouping, num_workers: see
+            dataset: a list, or a map-style dataset, of Detectron2's dataset dicts.
+            mapper, aspect_ratio_grouping, num_workers: see
                 :func:`build_detection_train_loader`. The mapper uses `random` and `np.random`.
             sampler: one of Detectron2's, which yields the indices of all processes.
             batch_size: images per batch of this process.
@@ -65,9 +68,10 @@ class TrainLoader:
         """
         self.seed = seed
         self.num_bad_images = 0  # of this process, each time one came
-        self._dataset = _SeededDataset(DatasetFromList(dataset, copy=False), mapper, on_bad_image)
+        self._dataset = _SeededDataset(dataset, mapper, on_bad_image)
         self._sampler: Any = sampler
-        self._groups = [aspect_ratio_grouping and d["width"] > d["height"] for d in dataset]
+        records = (dataset[i] for i in range(len(dataset)))
+        self._groups = [aspect_ratio_grouping and r["width"] > r["height"] for r in records]
         self._batch_size = batch_size
         self._num_workers = num_workers
         # The iteration and position in the stream since which the run has had this number of
@@ -176,7 +180,7 @@ def _init_worker(worker_id: int) -> None:
 class _SeededDataset(Dataset):
     """Maps an image with generators seeded by its position in the stream."""
 
-    def __init__(self, dataset: DatasetFromList, mapper: Callable, on_bad_image: str):
+    def __init__(self, dataset: Any, mapper: Callable, on_bad_image: str):
         self.dataset, self.mapper, self.skip = dataset, mapper, on_bad_image == "skip"
         self.seed = 0
 
@@ -216,6 +220,47 @@ def derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence([n % 2**32 for n in numbers]).generate_state(1)[0])
 
 
+def load_train_set(cfg: CfgNode) -> DatasetFromList:
+    """
+    Load ``DATASETS.TRAIN``, with its metadata. Of several processes on a machine the first does,
+    and all map the result into their memory from a temporary file: it takes memory once.
+    """
+    metadata: dict[str, dict[str, Any]] = {}
+    dataset, path = None, ""
+    if comm.get_local_rank() == 0:
+        dataset = DatasetFromList(
+            get_detection_dataset_dicts(
+                cfg.DATASETS.TRAIN,
+                filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+                min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+                if cfg.MODEL.KEYPOINT_ON
+                else 0,
+                proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN
+                if cfg.MODEL.LOAD_PROPOSALS
+                else None,
+            ),
+            copy=False,
+        )
+        release_freed_memory()
+    if comm.get_world_size() == 1:
+        return dataset
+    if comm.get_local_rank() == 0:
+        for name in cfg.DATASETS.TRAIN:
+            known = MetadataCatalog.get(name).as_dict()
+            metadata[name] = {key: known[key] for key in _CLASSES if key in known}
+        handle, path = tempfile.mkstemp(prefix="gnws_d2_train_set_")
+        os.close(handle)
+        torch.save((dataset, metadata), path)
+    path = comm.all_gather(path)[comm.get_rank() - comm.get_local_rank()]
+    dataset, metadata = torch.load(path, weights_only=False, mmap=True)
+    comm.synchronize()
+    if comm.get_local_rank() == 0:
+        os.remove(path)
+    for name, classes in metadata.items():
+        MetadataCatalog.get(name).set(**classes)
+    return dataset
+
+
 def build_train_loader(cfg: CfgNode, mapper: Callable) -> TrainLoader:
     """
     Args:
@@ -223,7 +268,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable) -> TrainLoader:
             and ``SEED`` are used.
         mapper: see :class:`TrainLoader`.
     """
-    parts = _train_loader_from_config(cfg, mapper)
+    parts = _train_loader_from_config(cfg, mapper, dataset=load_train_set(cfg))
     # All processes read the same stream and take their parts of it.
     parts["sampler"]._rank, parts["sampler"]._world_size = 0, 1
     return TrainLoader(

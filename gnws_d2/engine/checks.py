@@ -33,7 +33,18 @@ def check_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
             f"WANDB.PROJECT is {cfg.WANDB.PROJECT}, but Weights & Biases is not installed: "
             'pip install wandb, or set WANDB.PROJECT "".'
         )
-    check_datasets(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
+    # Of the processes that torchrun starts on a machine, one is enough.
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        loads_itself = dist.is_torchelastic_launched() or args.num_gpus * args.num_machines == 1
+        keys = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
+        check_datasets(cfg, keys, keep=loads_itself)
+    if args.eval_only and cfg.TEST.PREDICTIONS:
+        if len(cfg.DATASETS.TEST) != 1:
+            raise UserError(
+                f"TEST.PREDICTIONS {cfg.TEST.PREDICTIONS} is of one dataset: name it alone in "
+                f"DATASETS.TEST, which has {len(cfg.DATASETS.TEST)}."
+            )
+        return
     _check_weights(cfg, args)
 
 

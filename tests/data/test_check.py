@@ -7,7 +7,8 @@ import pycocotools.mask as mask_util
 import pytest
 
 from gnws_d2.data import check_coco_json
-from gnws_d2.data.check import check_dataset, find_issues, read_categories, read_coco_json
+from gnws_d2.data.check import check_dataset, find_issues, read_categories
+from gnws_d2.data.coco_json import read_coco_json
 from gnws_d2.utils.errors import UserError
 
 H, W = 600, 800  # of the photographs

@@ -16,7 +16,11 @@ from fuzz import Choice, decisions, mutate_bytes, outcome
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from gnws_d2.data import check
 from gnws_d2.data.check import check_coco_json
+from gnws_d2.data.coco_json import load_coco_json as load_coco_json_faster
+from gnws_d2.data.coco_json import read_coco_json
+from gnws_d2.utils.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -109,15 +113,18 @@ def test_annotations(directory, first, second, how):
     with contextlib.suppress(ValueError, RecursionError):
         assume(is_checked(json.loads(content)))
 
-    def check():
+    def check_file():
         return check_coco_json(str(path), str(directory / "images"), masks=True, evaluation=True)
 
-    names = outcome(check)
+    names = outcome(check_file)
     if names is None:
         return
     # What passes, Detectron2 loads, and pycocotools makes masks of.
     records = load_coco_json(str(path), str(directory / "images"), "fuzz")
-    MetadataCatalog.pop("fuzz")
+    ours = load_coco_json_faster(str(path), str(directory / "images"), "fuzz_faster")
+    names_of = [MetadataCatalog.pop(name).thing_classes for name in ("fuzz", "fuzz_faster")]
+    texts = [json.dumps(r, sort_keys=True, default=str) for r in (records, ours)]
+    assert texts[0] == texts[1] and names_of[0] == names_of[1]
     assert all(isinstance(name, str) for name in names) and len(records) > 0
     for record in records:
         size = record["height"], record["width"]
@@ -127,6 +134,45 @@ def test_annotations(directory, first, second, how):
             if isinstance(masks, list):
                 masks = mask_util.merge(mask_util.frPyObjects(masks, *size))
             assert mask_util.area(masks) <= size[0] * size[1]
+
+
+@given(structured)
+def test_screening_hides_no_issue(directory, seed):
+    content = mutate_json(copy.deepcopy(COCO), Choice(seed))
+    assume(is_checked(content))
+    path = directory / "b.json"
+    path.write_text(json.dumps(content))
+    try:
+        coco = read_coco_json(str(path))
+    except UserError:
+        return
+    assert_screening_hides_nothing(coco, directory / "images")
+
+
+def assert_screening_hides_nothing(coco, image_root):
+    def keep(items, *_):
+        return items
+
+    found = str(list(check.find_issues(coco, str(image_root), masks=True)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "screen_images", keep)
+        patch.setattr(check, "screen_annotations", keep)
+        assert found == str(list(check.find_issues(coco, str(image_root), masks=True)))
+
+
+@pytest.mark.parametrize("width", [-1, 0, 0.4, 0.5, 1, 9, 9.5, 17])
+def test_screening_hides_no_issue_of_a_box_or_polygon_at_an_edge(directory, width):
+    coco, (annotation, *_) = copy.deepcopy(COCO), COCO["annotations"]
+    coco["annotations"] = [
+        {
+            **annotation,
+            "id": id,
+            "bbox": [x, 1, width, 3],
+            "segmentation": [[x, 1, x + width, 1] * 2],
+        }
+        for id, x in enumerate([-9, -8, -7.9, -1.5, -1, -0.5, 0, 7.5, 7.9, 8, 8.5, 9, 15.9, 16, 17])
+    ]
+    assert_screening_hides_nothing(coco, directory / "images")
 
 
 def test_what_is_mutated_is_taken_as_it_is(directory):

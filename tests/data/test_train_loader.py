@@ -225,3 +225,48 @@ def test_bad_images_are_replaced_counted_and_logged_once(num_workers, caplog):
 def test_nothing_but_bad_images_stops():
     with pytest.raises(UserError, match=r"So are 9 others that were drawn in its place"):
         take(make_loader(2, mapper=all_bad, on_bad_image="skip"), 1)
+
+
+# Two processes, of which the first alone loads the dataset.
+SHARED = """
+import glob, os, tempfile
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import launch
+from detectron2.utils import comm
+from gnws_d2.config import load_config
+from gnws_d2.data.train_loader import load_train_set
+
+def load():
+    MetadataCatalog.get("mine").thing_classes = ["a", "b"]
+    with open("loaded", "a") as f:
+        f.write(f"{comm.get_rank()}")
+    return [
+        {"image_id": i, "annotations": [{"category_id": 0, "iscrowd": 0}] * (i != 3)}
+        for i in range(9)
+    ]
+
+def main():
+    DatasetCatalog.register("mine", load)
+    dataset = load_train_set(load_config("quick_start", ["DATASETS.TRAIN", "('mine',)"]))
+    assert [dataset[i]["image_id"] for i in range(len(dataset))] == [0, 1, 2, 4, 5, 6, 7, 8]
+    assert MetadataCatalog.get("mine").thing_classes == ["a", "b"]
+    maps = open("/proc/self/maps").read()
+    assert "gnws_d2_train_set" in maps
+    comm.synchronize()
+    assert not glob.glob(os.path.join(tempfile.gettempdir(), "gnws_d2_train_set*"))
+    open(f"done {comm.get_rank()}", "w").close()
+
+if __name__ == "__main__":
+    launch(main, 2, dist_url="auto")
+"""
+
+
+@pytest.mark.ci
+def test_processes_of_a_machine_map_one_copy_of_the_dataset(tmp_path):
+    (tmp_path / "job.py").write_text(SHARED)
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "job.py"]
+    run = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "loaded").read_text() == "0"
+    assert (tmp_path / "done 0").exists() and (tmp_path / "done 1").exists()

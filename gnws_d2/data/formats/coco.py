@@ -4,7 +4,7 @@ import os
 from collections import defaultdict
 
 from ...utils.errors import UserError
-from ..check import read_coco_json
+from ..coco_json import read_coco_json
 from .dataset import Coco, complete_coco, image_size, is_image, read_json, split_of
 
 
