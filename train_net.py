@@ -32,6 +32,8 @@ def main(args: argparse.Namespace) -> dict | None:
     cfg = get_config(args)
     default_setup(cfg, args)
 
+    if args.eval_only and cfg.TEST.PREDICTIONS:
+        return Trainer.test_predictions(cfg)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         classes = dataset_classes(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else None

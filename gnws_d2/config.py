@@ -56,13 +56,15 @@ def add_gnws_config(cfg: CfgNode) -> None:
 
     # Whether each evaluation of TEST.EVAL_PERIOD also computes the losses on DATASETS.TEST.
     cfg.TEST.VALIDATION_LOSS = False
+    # A file of predictions in COCO's results format, such as inference/coco_instances_results.json
+    # in OUTPUT_DIR, which --eval-only evaluates instead of a model.
+    cfg.TEST.PREDICTIONS = ""
 
     # The number of evaluations without a better AP after which training ends; 0 for never.
     cfg.SOLVER.PATIENCE = 0
 
     cfg.DISTRIBUTED = CfgNode()
-    # Seconds that a process waits for the others in a collective. Has to exceed the time that the
-    # main process takes to compute AP, for which the others wait.
+    # Seconds that a process waits for the others in a collective.
     cfg.DISTRIBUTED.TIMEOUT = 1800
     # Of earlier versions, in the configs that their runs have written: ignored.
     cfg.register_deprecated_key("DISTRIBUTED.START_TIMEOUT")

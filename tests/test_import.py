@@ -21,7 +21,7 @@ hooks = sys.modules["torch.optim.optimizer"]._global_optimizer_post_hooks
 before = dict(handlers), dict(hooks)
 import gnws_d2
 assert (handlers, hooks) == before
-optional = ("tidecv", "jinja2", "wandb", "onnx", "onnxruntime", "gnws_tools.benchmark")
+optional = ("jinja2", "wandb", "onnx", "onnxruntime", "gnws_tools.benchmark")
 for name in (*optional, "gnws_d2.report", "gnws_d2.export"):
     assert name not in sys.modules, name
 """

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
+from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.data import transforms as T
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.engine import default_setup as _default_setup
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
@@ -29,7 +29,7 @@ from ..config import choose_device, find_config_file, load_config
 from ..data import OpenCVDatasetMapper, register_coco_datasets
 from ..data.coco import dataset_classes
 from ..data.train_loader import TrainLoader, build_train_loader, derive_seed
-from ..evaluation import COCOEvaluator, results_json
+from ..evaluation import COCOEvaluator, read_results, results_json
 from ..layers import fold_for_inference
 from ..modeling import checkpoint_activations
 from ..utils.errors import UserError
@@ -262,6 +262,26 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.AUG.ENABLED:
             model = with_tta(cfg, model)
         return super().test(cfg, model, evaluators)
+
+    @classmethod
+    def test_predictions(cls, cfg: CfgNode) -> dict[str, Any]:
+        """
+        Evaluate ``TEST.PREDICTIONS`` on the dataset of ``DATASETS.TEST``, in the main process.
+
+        Raises:
+            UserError: if the file cannot be read, or is not of the dataset.
+        """
+        if not comm.is_main_process():
+            return {}
+        (name,) = cfg.DATASETS.TEST
+        DatasetCatalog.get(name)  # fills in the class names
+        predictions = read_results(cfg.TEST.PREDICTIONS)
+        try:
+            results = cls.build_evaluator(cfg, name).evaluate_results(predictions)
+        except ValueError as e:
+            raise UserError(f"{cfg.TEST.PREDICTIONS} does not fit the dataset {name}: {e}.") from e
+        print_csv_format(results)
+        return results
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:

@@ -1,3 +1,9 @@
-from .coco_evaluation import COCOEvaluator, evaluate_results, results_json
+from .coco_evaluation import (
+    COCOEvaluator,
+    evaluate_results,
+    read_results,
+    read_truth,
+    results_json,
+)
 
-__all__ = ["COCOEvaluator", "evaluate_results", "results_json"]
+__all__ = ["COCOEvaluator", "evaluate_results", "read_results", "read_truth", "results_json"]

@@ -4,7 +4,6 @@ import base64
 import contextlib
 import hashlib
 import io
-import json
 import logging
 import math
 import os
@@ -17,16 +16,23 @@ import cv2
 import jinja2
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
 from .. import model_zoo
 from ..data import check_datasets, read_image, register_coco_datasets
-from ..evaluation import evaluate_results, results_json
+from ..evaluation import evaluate_results, read_results, read_truth, results_json
 from ..utils.errors import UserError
 from ..utils.files import atomic_write
-from .analysis import METRICS, Mistakes, analyze, count_mistakes
+from .analysis import (
+    METRICS,
+    Mistakes,
+    analyze,
+    class_scores,
+    confusion_matrix,
+    find_mistakes,
+    most_confused,
+    read_matches,
+)
 from .charts import line_chart
 from .run_dir import Run, read_run
 from .visualizer import draw_objects
@@ -34,7 +40,7 @@ from .visualizer import draw_objects
 _TASKS = {"bbox": "box", "segm": "mask"}
 _PUBLISHED_ON = "coco_2017_val"
 _NUM_PICTURES = 5  # of the typical images, and of the worst
-_MAX_COMPARED = 20_000  # training images; the files of more would take minutes to read
+_LARGEST = 100 << 20  # bytes of an annotation file; to compare the images of more takes minutes
 _THRESHOLD = 0.5  # the lowest score of a detection that is drawn and counted
 _FOUND, _MISTAKE = "#3b9dff", "#ff8a1f"  # distinct for the color-blind
 
@@ -83,42 +89,44 @@ def make_report(run_dir: str, datasets: list[list[str]]) -> None:
 def _evaluate(run: Run, dataset_name: str) -> dict[str, Any]:
     """Evaluate the last predictions on a dataset: the variables of its part of the page."""
     path = results_json(run.path, run.cfg, dataset_name)
-    try:
-        with open(path) as f:
-            results = json.load(f)
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON ({e}): evaluate again.") from e
+    results = read_results(path)
     DatasetCatalog.get(dataset_name)  # generates the built-in data
-    truth = COCO(MetadataCatalog.get(dataset_name).json_file)
+    truth = read_truth(MetadataCatalog.get(dataset_name).json_file)
     analyses, precision = {}, {}
     for task in _TASKS if run.cfg.MODEL.MASK_ON else ("bbox",):
         name = _TASKS[task]
         logging.getLogger(__name__).info(f"Computing {name} AP on {dataset_name} ...")
         try:
             evaluation = evaluate_results(truth, results, task)
-            analyses[name] = analyze(evaluation, results)
-        except (AssertionError, KeyError, IndexError, TypeError, ValueError) as e:
+        except ValueError as e:
             raise UserError(
-                f"{path} does not fit the dataset {dataset_name}: was another one evaluated?"
+                f"{path} does not fit the dataset {dataset_name}: was another one evaluated? ({e})"
             ) from e
+        analyses[name] = analyze(evaluation)
         curves = {
             f"IoU {iou / 100:.2f}": (np.linspace(0, 1, 101), analyses[name].precision[i])
             for i, iou in ((0, 50), (5, 75), (8, 90))
         }
         precision[f"Precision and recall, {name}"] = line_chart(curves, "recall", "precision", 1.02)
         if task == "bbox":
-            boxes, mistakes = evaluation, count_mistakes(evaluation, _THRESHOLD)
+            boxes = evaluation
+    classes = {id: category["name"] for id, category in truth.cats.items()}
+    image_ids = sorted(truth.getImgIds())
+    matches = read_matches(evaluate_results(truth, results, "bbox", iou_threshold=0.5))
+    mistakes = find_mistakes(matches, image_ids, _THRESHOLD)
+    scores = class_scores(matches, _THRESHOLD)
     weights = "" if run.num_iterations or dataset_name != _PUBLISHED_ON else run.cfg.MODEL.WEIGHTS
     row = next((row for row in model_zoo.table() if weights == f"gnws://{row['name']}"), {})
     worst = sorted(mistakes, key=lambda image_id: -sum(map(len, mistakes[image_id])))
-    num_objects = sum(not a.get("iscrowd") for a in truth.anns.values())
+    num_objects = sum(len(match.annotations) for match in matches)
     num_missed, num_false = (sum(len(m[i]) for m in mistakes.values()) for i in (0, 1))
+    confusion = confusion_matrix(boxes, _THRESHOLD)
     shown = [image_id for image_id in worst[:_NUM_PICTURES] if any(mistakes[image_id])]
     draw = partial(_pictures, boxes, dataset_name, mistakes=mistakes, masks="mask" in analyses)
     errors = {name: a.errors for name, a in analyses.items() if a.errors}
     return {
         "name": dataset_name,
-        "num_images": len(truth.imgs),
+        "num_images": len(image_ids),
         "num_objects": num_objects,
         "num_found": num_objects - num_missed,
         "num_false": num_false,
@@ -129,6 +137,8 @@ def _evaluate(run: Run, dataset_name: str) -> dict[str, Any]:
         "largest_error": max((max(e.values()) for e in errors.values()), default=0),
         "published": {name: row[f"{name}_ap"] for name in analyses if row},
         "precision": precision,
+        "scores": {classes[id]: pair for id, pair in scores.items()},
+        "confusion": most_confused(*confusion) if confusion else None,
         "typical": [draw(image_id) for image_id in _median(worst) if image_id not in shown],
         "worst": [draw(image_id) for image_id in shown],
     }
@@ -143,9 +153,12 @@ def _describe_overlap(run: Run, dataset_name: str) -> str:
     """Say whether the images of a dataset are among those of the training, by their bytes."""
     if not run.num_iterations:
         return ""
+    files = [MetadataCatalog.get(name).get("json_file", "") for name in run.cfg.DATASETS.TRAIN]
+    if any(os.path.isfile(file) and os.path.getsize(file) > _LARGEST for file in files):
+        return ""
     tested = _image_files(dataset_name)
     trained = [file for name in run.cfg.DATASETS.TRAIN for file in _image_files(name)]
-    if not trained or len(trained) > _MAX_COMPARED:
+    if not trained:
         return ""
     sizes = {os.path.getsize(file) for file in tested}
     digests = {_digest(file) for file in trained if os.path.getsize(file) in sizes}
@@ -207,24 +220,28 @@ def _training_charts(run: Run) -> dict[str, str]:
 
 
 def _pictures(
-    evaluation: COCOeval, dataset: str, image_id: int, *, mistakes: dict[int, Mistakes], masks: bool
+    evaluation: Any, dataset: str, image_id: int, *, mistakes: dict[int, Mistakes], masks: bool
 ) -> dict[str, str]:
     """Draw the ground truth and the detections of an image."""
     missed, false = mistakes[image_id]
-    coco, found = evaluation.cocoGt, evaluation.cocoDt.imgToAnns[image_id]
-    file_name = coco.imgs[image_id]["file_name"]
+    truth, found = (
+        coco.loadAnns(coco.getAnnIds(imgIds=[image_id]))
+        for coco in (evaluation.cocoGt, evaluation.cocoDt)
+    )
+    truth = [a for a in truth if not a.get("iscrowd")]
+    (image_info,) = evaluation.cocoGt.loadImgs([image_id])
+    file_name = image_info["file_name"]
     root = MetadataCatalog.get(dataset).image_root
     image = read_image(os.path.join(root, file_name), "RGB")
 
     def draw(objects: list[dict[str, Any]], wrong: set[int]) -> str:
-        names = [coco.cats[o["category_id"]]["name"] for o in objects]
+        names = [c["name"] for o in objects for c in evaluation.cocoGt.loadCats(o["category_id"])]
         labels = [f"{n} {o['score']:.0%}" if "score" in o else n for n, o in zip(names, objects)]
         colors = [_MISTAKE if o["id"] in wrong else _FOUND for o in objects]
         picture = draw_objects(image, objects, labels, colors, masks)
         _, jpeg = cv2.imencode(".jpg", picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
         return f"data:image/jpeg;base64,{base64.b64encode(jpeg.tobytes()).decode()}"
 
-    truth = [a for a in coco.imgToAnns[image_id] if not a.get("iscrowd")]
     return {
         "truth": draw(truth, missed),
         "found": draw([d for d in found if d["score"] >= _THRESHOLD], false),

@@ -73,6 +73,18 @@ def test_good_command_is_launched(monkeypatch, tmp_path):
             "checkpoint gone.pth does not exist",
         ),
         (["--config-file", QUICK_START, "--eval-only"], "MODEL.WEIGHTS is empty"),
+        (
+            [
+                "--config-file",
+                QUICK_START,
+                "--eval-only",
+                "TEST.PREDICTIONS",
+                "a.json",
+                "DATASETS.TEST",
+                "('shapes_train', 'shapes_val')",
+            ],
+            "TEST.PREDICTIONS a.json is of one dataset: .*DATASETS.TEST, which has 2.",
+        ),
         (["--config-file", QUICK_START, "--num-gpus", "3"], "IMS_PER_BATCH .* 3 workers"),
         (["--config-file", QUICK_START, "--num-gpus", "0"], "--num-gpus 0"),
         (

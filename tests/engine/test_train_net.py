@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -126,12 +127,18 @@ def test_two_processes_train_and_evaluate_every_image(fruits, tmp_path):
     run = train_net("--num-gpus", "2", *options, *keys, datasets=tmp_path)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "output" / "log.txt.rank1").is_file()
-    predictions = torch.load(
-        tmp_path / "output" / "inference" / "instances_predictions.pth", weights_only=False
-    )
-    assert sorted(p["image_id"] for p in predictions) == list(range(18))
+    file = tmp_path / "output" / "inference" / "coco_instances_results.json"
+    predictions = json.loads(file.read_text())
+    assert list(dict.fromkeys(p["image_id"] for p in predictions)) == list(range(18))
     _, ap = read_metrics(tmp_path / "output")
     assert {"bbox/AP", "segm/AP"} <= ap.keys()
+
+    keys += ["TEST.PREDICTIONS", str(file), "OUTPUT_DIR", "again"]
+    run = train_net("--eval-only", *options, *keys, datasets=tmp_path)
+    assert run.returncode == 0, run.stderr
+    log = (tmp_path / "output" / "log.txt").read_text()
+    copied = re.compile(r"copypaste: (?!Task)(.*)")
+    assert copied.findall(run.stdout) == copied.findall(log)[-4:]
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.ci)])

@@ -1,18 +1,29 @@
-"""The reference is pycocotools' own COCOeval, on the results file that the evaluator wrote."""
+"""The reference is pycocotools' own COCOeval, on the same annotations and results files."""
 
+import contextlib
 import copy
+import io
 import json
+import subprocess
+import sys
 
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import torch
+from conftest import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances, polygons_to_bitmask
+from hypothesis import given
+from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from gnws_d2.config import load_config
 from gnws_d2.data import register_coco_datasets
-from gnws_d2.evaluation import COCOEvaluator
+from gnws_d2.engine import Trainer
+from gnws_d2.evaluation import COCOEvaluator, evaluate_results, read_truth
+from gnws_d2.utils.errors import UserError
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -54,11 +65,16 @@ def evaluate(dataset_name, output_dir, predict):
     return evaluator.evaluate()
 
 
-def coco_eval(ground_truth, detections, task):
+def run_pycocotools(ground_truth, detections, task):
     evaluation = COCOeval(ground_truth, detections, task)
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
+    return evaluation
+
+
+def coco_eval(ground_truth, detections, task):
+    evaluation = run_pycocotools(ground_truth, detections, task)
     return [value * 100 if value >= 0 else float("nan") for value in evaluation.stats[:6]]
 
 
@@ -90,3 +106,206 @@ def test_no_predictions_have_ap_zero_as_in_pycocotools(dataset_name, tmp_path):
         expected = coco_eval(ground_truth, no_detections, task)
         assert [results[task][name] for name in METRICS] == pytest.approx(expected, nan_ok=True)
         assert results[task]["AP"] == 0
+
+
+@pytest.fixture(scope="module")
+def json_file(tmp_path_factory):
+    return tmp_path_factory.mktemp("generated") / "truth.json"
+
+
+SIZES = (3, 31, 32, 33, 60, 95, 96, 97)  # areas just under, at and over those of APs, APm and APl
+
+
+def generate_case(rng):
+    """
+    Ground truth and results with crowds, ties in scores, more than 100 detections, areas at the
+    edges of their ranges, gaps in the ids, images without objects or detections, and classes
+    without objects.
+    """
+    width, height = 200, 160
+    image_ids = sorted(rng.choice(1000, rng.integers(1, 5), replace=False).tolist())
+    category_ids = sorted(rng.choice(range(1, 91), rng.integers(1, 4), replace=False).tolist())
+    annotations = []
+    for id in rng.choice(10_000, rng.integers(0, 16), replace=False).tolist():
+        x, y = rng.integers(0, 100, 2).tolist()
+        w, h = rng.choice(SIZES, 2).tolist()
+        outline = [x, y, x + w, y, x + w, y + h] + [x, y + h] * int(rng.integers(2))
+        segmentation = [[float(v) for v in outline]]
+        crowd = int(rng.random() < 0.15)
+        if crowd or rng.random() < 0.2:
+            mask = np.zeros((height, width), np.uint8, order="F")
+            mask[y : y + h, x : x + w] = 1
+            segmentation = mask_util.encode(mask)
+            segmentation["counts"] = segmentation["counts"].decode()
+        keypoints = np.stack([*rng.integers(0, 160, (2, 17)), rng.integers(0, 3, 17)], axis=1)
+        annotations.append(
+            {
+                "id": id + 1,
+                "image_id": int(rng.choice(image_ids)),
+                "iscrowd": crowd,
+                "category_id": int(rng.choice(category_ids)),
+                "bbox": [x, y, w, h],
+                "area": float(w * h * rng.choice([1, 0.5])),
+                "segmentation": segmentation,
+                "keypoints": keypoints.ravel().tolist(),
+                "num_keypoints": int((keypoints[:, 2] > 0).sum()),
+            }
+        )
+    results = []
+    repeats = 60 if annotations and rng.random() < 0.1 else 3
+    for a in annotations:
+        for _ in range(rng.integers(0, repeats)):
+            x, y, w, h = (np.array(a["bbox"]) + rng.integers(-4, 5, 4)).clip(1).tolist()
+            mask = np.zeros((height, width), np.uint8, order="F")
+            mask[y : y + h, x : x + w] = 1
+            rle = mask_util.encode(mask)
+            near = np.array(a["keypoints"], float) + rng.integers(-3, 4, 51)
+            results.append(
+                {
+                    "image_id": a["image_id"] if rng.random() < 0.9 else int(rng.choice(image_ids)),
+                    "category_id": int(rng.choice([a["category_id"], *category_ids])),
+                    "bbox": [x, y, w, h],
+                    "score": float(rng.choice([0.1, 0.25, 0.5, 0.75, 1.0])),
+                    "segmentation": {**rle, "counts": rle["counts"].decode()},
+                    "keypoints": near.tolist(),
+                }
+            )
+    images = [{"id": i, "width": width, "height": height, "file_name": "a"} for i in image_ids]
+    categories = [{"id": i, "name": str(i)} for i in category_ids]
+    truth = {"images": images, "categories": categories, "annotations": annotations}
+    return truth, results
+
+
+@pytest.mark.parametrize("task", ["bbox", "segm", "keypoints"])
+@given(st.integers(0, 2**32 - 1))
+def test_generated_cases_equal_pycocotools_to_the_last_digit(task, json_file, seed):
+    """For long: pytest tests/evaluation --hypothesis-profile fuzz --hypothesis-seed 0."""
+    truth, results = generate_case(np.random.default_rng(seed))
+    json_file.write_text(json.dumps(truth))
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(json_file))
+        detections = COCO()
+        detections.dataset = {**truth, "annotations": []}
+        detections.createIndex()
+        if results:
+            given_results = copy.deepcopy(results)
+            for result in given_results if task == "segm" else ():
+                del result["bbox"]
+            detections = coco.loadRes(given_results)
+        expected = run_pycocotools(coco, detections, task)
+        ours = evaluate_results(read_truth(str(json_file)), results, task)
+    assert not isinstance(ours, COCOeval)
+    np.testing.assert_array_equal(ours.stats, expected.stats)
+    for name in ("precision", "recall", "scores"):
+        np.testing.assert_array_equal(ours.eval[name], expected.eval[name])
+
+
+@pytest.mark.parametrize("hotcoco_is_installed", [True, False])
+def test_pycocotools_takes_over_with_one_line_in_the_log(
+    hotcoco_is_installed, tmp_path, monkeypatch, caplog
+):
+    """If hotcoco is not installed, or refuses ids that are strings."""
+    truth, results = generate_case(np.random.default_rng(1))
+    if hotcoco_is_installed:
+        for item in (*truth["annotations"], *results):
+            item["image_id"] = f"image {item['image_id']}"
+        for image in truth["images"]:
+            image["id"] = f"image {image['id']}"
+    else:
+        monkeypatch.setattr("gnws_d2.evaluation.coco_evaluation.hotcoco", None)
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    with caplog.at_level("INFO"):
+        coco = read_truth(str(tmp_path / "truth.json"))
+    (record,) = caplog.records
+    reason = "does not support the file" if hotcoco_is_installed else "is not installed"
+    assert "AP by pycocotools" in record.message and reason in record.message
+    assert evaluate_results(coco, results, "bbox").stats[0] > 0
+    assert evaluate_results(coco, [], "bbox").stats[0] == 0
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+@pytest.mark.parametrize(
+    "result",
+    [
+        {"image_id": 99_999, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5},
+        {"image_id": 1},
+        3,
+    ],
+)
+def test_results_of_another_dataset_or_format_are_an_error(
+    result, is_installed, tmp_path, monkeypatch
+):
+    if not is_installed:
+        monkeypatch.setattr("gnws_d2.evaluation.coco_evaluation.hotcoco", None)
+    truth, _ = generate_case(np.random.default_rng(1))
+    truth["images"].append({**truth["images"][0], "id": 1})
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    with pytest.raises(ValueError, match=r"results of other images|without bbox|another format"):
+        evaluate_results(read_truth(str(tmp_path / "truth.json")), [result], "bbox")
+
+
+def test_file_of_predictions_has_the_ap_of_the_model_that_made_them(dataset_name, tmp_path):
+    rng = np.random.RandomState(0)
+    expected = evaluate(dataset_name, tmp_path, lambda record: predict(record, rng))
+    keys = ["DATASETS.TEST", f"('{dataset_name}',)", "OUTPUT_DIR", str(tmp_path / "again")]
+    keys += ["TEST.PREDICTIONS", str(tmp_path / "coco_instances_results.json")]
+    cfg = load_config(str(ROOT / "configs" / "quick_start.yaml"), keys)
+    np.testing.assert_equal(Trainer.test_predictions(cfg), expected)
+    (tmp_path / "coco_instances_results.json").write_text('[{"image_id": -1}]')
+    with pytest.raises(UserError, match=f"does not fit the dataset {dataset_name}: .*other images"):
+        Trainer.test_predictions(cfg)
+    (tmp_path / "coco_instances_results.json").unlink()
+    with pytest.raises(UserError, match=r"results.json: No such file"):
+        Trainer.test_predictions(cfg)
+
+
+def test_predictions_are_kept_when_ap_fails(dataset_name, tmp_path, monkeypatch):
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr("gnws_d2.evaluation.coco_evaluation.evaluate_results", fail)
+    rng = np.random.RandomState(0)
+    with pytest.raises(MemoryError):
+        evaluate(dataset_name, tmp_path, lambda record: predict(record, rng))
+    assert len(json.loads((tmp_path / "coco_instances_results.json").read_text())) > 20
+
+
+# Two processes with a timeout of 3 seconds, of which the first computes AP for 8.
+SLOW_AP = """
+import sys, time
+from datetime import timedelta
+from detectron2.data import DatasetCatalog
+from detectron2.engine import launch
+from detectron2.utils import comm
+from gnws_d2.data import register_coco_datasets
+from gnws_d2.evaluation import COCOEvaluator, coco_evaluation
+
+def main(json_file, images):
+    register_coco_datasets([["fruits", json_file, images]])
+    DatasetCatalog.get("fruits")
+    evaluate_results = coco_evaluation.evaluate_results
+    def slow(*args):
+        time.sleep(8)
+        return evaluate_results(*args)
+    coco_evaluation.evaluate_results = slow
+    evaluator = COCOEvaluator("fruits", ("bbox",), "output")
+    evaluator.reset()
+    result = {"image_id": comm.get_rank(), "category_id": 0, "bbox": [0, 0, 9, 9], "score": 0.5}
+    evaluator._predictions.append({"instances": [result]})
+    results = evaluator.evaluate()
+    comm.synchronize()
+    assert bool(results) == comm.is_main_process()
+
+if __name__ == "__main__":
+    launch(main, 2, dist_url="auto", args=sys.argv[1:], timeout=timedelta(seconds=3))
+"""
+
+
+@pytest.mark.ci
+def test_other_processes_wait_for_ap_longer_than_the_timeout(photographs, tmp_path):
+    (tmp_path / "job.py").write_text(SLOW_AP)
+    command = [sys.executable, "job.py", str(photographs.json_file), str(photographs.images)]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "output" / "coco_instances_results.json").read_text())
+    assert [result["image_id"] for result in results] == [0, 1]

@@ -8,8 +8,17 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from gnws_d2.data.shapes import generate_shapes
-from gnws_d2.evaluation.coco_evaluation import evaluate_results
-from gnws_d2.report.analysis import ERRORS, METRICS, analyze, count_mistakes
+from gnws_d2.evaluation import evaluate_results, read_truth
+from gnws_d2.report.analysis import (
+    ERRORS,
+    METRICS,
+    analyze,
+    class_scores,
+    confusion_matrix,
+    find_mistakes,
+    most_confused,
+    read_matches,
+)
 
 
 def box(x, size=10):
@@ -27,22 +36,31 @@ def result(image_id, category_id, bbox, score):
     return {"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": score}
 
 
-def ground_truth(annotations, num_images=2):
-    coco = COCO()
-    coco.dataset = {
-        "images": [{"id": i, "width": 200, "height": 20} for i in range(1, num_images + 1)],
-        "annotations": annotations,
-        "categories": [{"id": 1, "name": "cat"}, {"id": 5, "name": "dog"}],
-    }
-    coco.createIndex()
-    return coco
+@pytest.fixture(params=["hotcoco", "pycocotools"])
+def ground_truth(request, tmp_path, monkeypatch):
+    if request.param == "pycocotools":
+        monkeypatch.setattr("gnws_d2.evaluation.coco_evaluation.hotcoco", None)
+
+    def write(annotations, num_images=2):
+        coco = {
+            "images": [{"id": i, "width": 200, "height": 20} for i in range(1, num_images + 1)],
+            "annotations": annotations,
+            "categories": [{"id": 1, "name": "cat"}, {"id": 5, "name": "dog"}],
+        }
+        (tmp_path / "truth.json").write_text(json.dumps(coco))
+        return read_truth(str(tmp_path / "truth.json"))
+
+    return write
 
 
-def analyze_boxes(annotations, results):
-    return analyze(evaluate_results(ground_truth(annotations), results, "bbox"), results)
+@pytest.fixture
+def analyze_boxes(ground_truth):
+    return lambda annotations, results: analyze(
+        evaluate_results(ground_truth(annotations), results, "bbox")
+    )
 
 
-def test_missed_objects_and_false_detections_are_those_of_a_hand_computed_case():
+def test_missed_objects_and_false_detections_are_those_of_a_hand_computed_case(ground_truth):
     coco = ground_truth(
         [
             annotation(11, 1, 1, box(0)),  # found
@@ -65,20 +83,55 @@ def test_missed_objects_and_false_detections_are_those_of_a_hand_computed_case()
         result(2, 1, box(0), 0.95),
         result(1, 1, box(130), 0.85),  # of the crowd, too
     ]
-    evaluation = evaluate_results(coco, results, "bbox")
-    mistakes = count_mistakes(evaluation, 0.5)
-    assert list(mistakes.values()) == [
-        ({12, 13, 14}, {3, 4}),
-        (set(), {7}),
-        (set(), set()),
-    ]
-    assert count_mistakes(evaluation, 0.35)[1][1] == {3, 4, 6}
-    assert count_mistakes(evaluation, 0.25)[1][0] == {13, 14}
-    assert [evaluation.cocoDt.anns[i]["score"] for i in (3, 4, 7)] == [0.8, 0.7, 0.6]
+    evaluation = evaluate_results(coco, results, "bbox", iou_threshold=0.5)
+    matches, images = read_matches(evaluation), [1, 2, 3]
+    assert find_mistakes(matches, images, 0.5) == {
+        1: ({12, 13, 14}, {3, 4}),
+        2: (set(), {7}),
+        3: (set(), set()),
+    }
+    assert find_mistakes(matches, images, 0.35)[1][1] == {3, 4, 6}
+    assert find_mistakes(matches, images, 0.25)[1][0] == {13, 14}
+    found = evaluation.cocoDt.loadAnns([3, 4, 7])
+    assert [detection["score"] for detection in found] == [0.8, 0.7, 0.6]
     assert "id" not in results[0]
 
 
-def test_ap_of_a_hand_computed_case():
+def test_precision_and_recall_of_a_hand_computed_case(ground_truth):
+    """Of three cats two are found, at 0.9 and 0.3, and false ones at 0.8 and, twice, at 0.1."""
+    truth = [annotation(i, 1, 1, box(20 * i)) for i in range(3)]
+    results = [
+        result(1, 1, box(0), 0.9), result(1, 1, box(20), 0.3), result(2, 1, box(0), 0.8),
+        result(2, 1, box(50), 0.1), result(2, 1, box(80), 0.1), result(2, 5, box(80), 0.9),
+    ]  # fmt: skip
+    evaluation = evaluate_results(ground_truth(truth), results, "bbox", iou_threshold=0.5)
+    scores = class_scores(read_matches(evaluation), 0.5)
+    assert list(scores) == [1]  # no dogs
+    at_threshold, best = scores[1]
+    assert at_threshold == pytest.approx((0.5, 1 / 2, 1 / 3)) and at_threshold.f1 == 0.4
+    assert best == pytest.approx((0.3, 2 / 3, 2 / 3)) and best.f1 == pytest.approx(2 / 3)
+    (high, _) = class_scores(read_matches(evaluation), 0.95)[1]
+    assert np.isnan(high.precision) and high.recall == 0
+
+
+def test_confusion_of_a_hand_computed_case(ground_truth, request):
+    truth = [annotation(1, 1, 1, box(0)), annotation(2, 1, 5, box(40)), annotation(3, 2, 5, box(0))]
+    results = [
+        result(1, 1, box(0), 0.9), result(1, 1, box(40), 0.8), result(2, 1, box(50), 0.7),
+        result(2, 5, box(0), 0.4),
+    ]  # fmt: skip
+    confusion = confusion_matrix(evaluate_results(ground_truth(truth), results, "bbox"), 0.5)
+    if "pycocotools" in request.node.name:
+        assert confusion is None
+        return
+    names, matrix = confusion
+    assert names == ["cat", "dog"]
+    assert matrix.tolist() == [[1, 0, 0], [1, 0, 1], [1, 0, 0]]
+    names, matrix = most_confused(names, matrix, 1)
+    assert names == ["cat"] and matrix.tolist() == [[1, 0], [1, 0]]
+
+
+def test_ap_of_a_hand_computed_case(analyze_boxes):
     """Precision is 1 up to a recall of 0.5, then 2/3, at every IoU. There is no dog."""
     analysis = analyze_boxes(
         [annotation(1, 1, 1, box(0)), annotation(2, 1, 1, box(20))],
@@ -99,53 +152,67 @@ def test_ap_of_a_hand_computed_case():
 
 
 @pytest.mark.parametrize(
-    "detection, error, cost, cost_of_missed",
+    "detection, error, cost",
     [
-        (result(1, 1, box(0, 4), 0.9), "location", 50, 0),
-        (result(1, 5, box(0), 0.9), "class", 75, 0),
-        (result(1, 5, box(0, 4), 0.9), "class and location", 25, 25),
-        (result(1, 5, box(50), 0.9), "background", 25, 25),
+        (result(1, 1, box(0, 4), 0.9), "location", 50),
+        (result(1, 5, box(0), 0.9), "class", 75),
+        (result(1, 5, box(0, 4), 0.9), "class and location", 25),
+        (result(1, 5, box(50), 0.9), "background", 25),
     ],
 )
-def test_errors_cost_what_a_hand_computed_case_says(detection, error, cost, cost_of_missed):
+def test_errors_cost_what_a_hand_computed_case_says(detection, error, cost, analyze_boxes, request):
     """
     Of a cat and a dog the dog is found, by the second detection. A first one of a false dog makes
-    that AP 50, and cats have 0. Without a missed cat there is no class of cats to find.
+    that AP 50, and cats have 0.
     """
     truth = [annotation(1, 1, 1, box(0)), annotation(2, 2, 5, box(0))]
     analysis = analyze_boxes(truth, [detection, result(2, 5, box(0), 0.5)])
+    if "pycocotools" in request.node.name:
+        assert analysis.errors == {}
+        return
     assert analysis.ap["AP50"] == pytest.approx(50 if error == "location" else 25, abs=0.5)
     types = list(ERRORS.values())[:-2]  # the last two overlap with them
-    expected = dict.fromkeys(types, 0) | {error: cost, "missed": cost_of_missed}
+    expected = dict.fromkeys(types, 0) | {error: cost}
     assert {name: analysis.errors[name] for name in types} == pytest.approx(expected)
     assert list(analysis.errors) == list(ERRORS.values())
 
 
-def test_nothing_found_has_ap_zero_and_no_errors():
+def test_missed_object_costs_what_a_hand_computed_case_says(analyze_boxes, request):
+    """One of two cats is found: 51 of the 101 recalls have precision 1, the others 0."""
+    truth = [annotation(1, 1, 1, box(0)), annotation(2, 1, 1, box(40)), annotation(3, 2, 5, box(0))]
+    analysis = analyze_boxes(truth, [result(1, 1, box(0), 0.9), result(2, 5, box(0), 0.5)])
+    assert analysis.ap["AP50"] == pytest.approx(100 * (51 / 101 + 1) / 2)
+    if "hotcoco" in request.node.name:
+        assert analysis.errors["missed"] == pytest.approx(100 * (50 / 101) / 2)
+        assert analysis.errors["all false negatives"] == analysis.errors["missed"]
+
+
+def test_nothing_found_has_ap_zero(analyze_boxes):
     analysis = analyze_boxes([annotation(1, 1, 1, box(0))], [])
     assert analysis.ap["AP"] == analysis.class_ap["cat"] == 0
-    assert analysis.errors == {}
+    assert set(analysis.errors.values()) <= {0}
 
 
 @pytest.mark.parametrize("task", ["bbox", "segm"])
 def test_precision_and_ap_are_pycocotools_own(task, tmp_path):
     generate_shapes(str(tmp_path / "shapes"), 20, seed=3)
-    coco = COCO(str(tmp_path / "shapes" / "annotations.json"))
+    json_file = str(tmp_path / "shapes" / "annotations.json")
+    coco = COCO(json_file)
     rng = np.random.RandomState(0)
     results = []
     for a in coco.anns.values():
         given = {key: a[key] for key in ("image_id", "category_id")}
         given["bbox"] = (np.array(a["bbox"]) * rng.uniform(0.9, 1.1, 4)).tolist()
         given["score"] = rng.rand()
-        given["segmentation"] = coco.annToRLE(a)
+        rle = coco.annToRLE(a)
+        given["segmentation"] = {**rle, "counts": rle["counts"].decode()}
         if rng.rand() < 0.3:
             given["category_id"] = rng.randint(1, 4)
         results.append(given)
-    analysis = analyze(evaluate_results(coco, results, task), results)
+    analysis = analyze(evaluate_results(read_truth(json_file), results, task))
 
     path = tmp_path / "results.json"
     for given in results:
-        given["segmentation"]["counts"] = given["segmentation"]["counts"].decode()
         if task == "segm":  # else the area of an object would be its box's
             del given["bbox"]
     path.write_text(json.dumps(results))
