@@ -3,8 +3,9 @@
 Measure GN+WS beside plain GN, frozen BatchNorm and the reference formula.
 
 ops: weight standardization and GroupNorm + ReLU alone. inference, train: whole models, in float32
-and mixed precision. dataloader: the mappers. Each variant has a process of its own, and they take
-turns. Writes a table in Markdown and all times in JSON.
+and mixed precision. dataloader: the mappers. scale: evaluation, start and report on data of COCO's
+size, beside Detectron2. Each variant has a process of its own, and they take turns. Writes a table
+in Markdown and all times in JSON.
 """
 
 import argparse
@@ -27,6 +28,16 @@ OTHERS = {
     "ops": ["fused", "PyTorch"],
     "dataloader": ["OpenCVDatasetMapper", "DatasetMapper"],
 }
+SCALE = {  # of the work "scale", by job
+    "box AP": ["Detectron2", "gnws_d2"],
+    "mask AP": ["Detectron2", "gnws_d2"],
+    "load": ["Detectron2", "gnws_d2"],  # gnws_d2 checks, too
+    "check": ["gnws_d2"],  # its memory is what is left afterwards
+    "report": ["gnws_d2"],
+    "image, 0 workers": ["Detectron2", "gnws_d2"],  # of the training loader
+    "image, 2 workers": ["Detectron2", "gnws_d2"],
+    "first iteration": ["gnws_d2"],  # from the command, with a small model
+}
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -34,7 +45,7 @@ def argument_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("work", choices=["ops", "inference", "train", "dataloader"])
+    add("work", choices=["ops", "inference", "train", "dataloader", "scale"])
     add("--config-file", default="mask_rcnn_R50_gnws_2x", metavar="FILE")
     names = (
         f"of inference and train: {'; '.join(MODELS)}; each also with ', AMP' (default: without)"
@@ -45,6 +56,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--turns", type=int, default=3, help="of each variant (default: 3)")
     add("--runs", type=int, default=1, help="timed in each turn (default: 1)")
     add("--output", default="output/benchmark", metavar="DIR")
+    add("--share", type=float, default=1.0, help="of COCO's size, for scale (default: 1)")
+    add("--pycocotools", action="store_true", help="scale: measure it as well, for minutes")
     add_dataset_argument(parser)
     add("--opts", nargs="+", default=[], metavar="KEY VALUE", help="such as MODEL.DEVICE cpu")
     return parser
@@ -57,7 +70,8 @@ def measure(variants: list[str], args: argparse.Namespace) -> dict[str, dict[str
     Returns:
         By variant ``machine``, ``memory_bytes`` and ``seconds``, the times of each part of it.
     """
-    script = os.path.join(os.path.dirname(__file__), "benchmark_variants.py")
+    name = "benchmark_scale.py" if args.work == "scale" else "benchmark_variants.py"
+    script = os.path.join(os.path.dirname(__file__), name)
     measured: dict[str, dict[str, Any]] = {}
     for turn in range(args.turns):
         # A B B A, so that a drift of the machine affects all variants alike.
@@ -74,14 +88,40 @@ def measure(variants: list[str], args: argparse.Namespace) -> dict[str, dict[str
     return measured
 
 
+def measure_scale(args: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
+    """Measure the jobs of ``SCALE``. Returns what :func:`measure` does, by job."""
+    args.job = ""
+    measure(["make"], argparse.Namespace(**{**vars(args), "turns": 1}))
+    measured = {}
+    for args.job, variants in SCALE.items():
+        more = ["pycocotools"] if args.pycocotools and args.job.endswith("AP") else []
+        measured[args.job] = measure([*variants, *more], args)
+        for row in _rows(measured[args.job]):
+            print(*row, sep="  ", file=sys.stderr)
+    return measured
+
+
 def format_table(measured: dict[str, dict[str, Any]]) -> str:
     """
     Return a Markdown table: times in ms; of models, memory at the peak over that before they were
     built, in GiB; and the ratios of both to those of the first variant.
     """
-    first, of_first = next(iter(measured.items()))
+    first = next(iter(measured))
     columns = 7 if first in ALL_MODELS else 5
-    rows = []
+    header = ["", "", "ms", "min - max", f"/ {first}", "GiB", f"/ {first}"]
+    rows = [row[:columns] for row in _rows(measured)]
+    return tabulate(rows, header[:columns], "github", disable_numparse=True)
+
+
+def format_scale(measured: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Return a Markdown table of what :func:`measure_scale` returns."""
+    header = ["", "", "ms", "min - max", "/ first", "GiB", "/ first"]
+    rows = [row for of_job in measured.values() for row in _rows(of_job)]
+    return tabulate(rows, header, "github", disable_numparse=True)
+
+
+def _rows(measured: dict[str, dict[str, Any]]) -> list[list[str]]:
+    of_first, rows = next(iter(measured.values())), []
     for part in of_first["seconds"]:
         base = statistics.median(of_first["seconds"][part])
         for variant, m in measured.items():
@@ -89,10 +129,9 @@ def format_table(measured: dict[str, dict[str, Any]]) -> str:
             low, median, high = (f(times) for f in (min, statistics.median, max))
             row = [part, variant, f"{median * 1e3:.4g}", f"{low * 1e3:.4g} - {high * 1e3:.4g}"]
             row += [f"{median / base:.3f}x", f"{memory / 2**30:.2f}"]
-            row += [f"{memory / of_first['memory_bytes']:.3f}x"]
-            rows.append(row[:columns])
-    header = ["", "", "ms", "min - max", f"/ {first}", "GiB", f"/ {first}"]
-    return tabulate(rows, header[:columns], "github", disable_numparse=True)
+            row.append(f"{memory / (of_first['memory_bytes'] or 1):.3f}x")
+            rows.append(row)
+    return rows
 
 
 def main() -> None:
@@ -107,10 +146,16 @@ def main() -> None:
     except OSError as e:
         parser.error(f"--output {args.output} cannot be written: {e.strerror}")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends all processes without a traceback
-    measured = measure(OTHERS.get(args.work, args.models), args)
     title = shlex.join(["benchmark.py", *sys.argv[1:]])
-    machine = next(iter(measured.values()))["machine"]
-    text = f"### {title}\n\n{format_table(measured)}\n\n{json.dumps(machine)}\n"
+    measured: dict[str, Any]
+    if args.work == "scale":
+        measured = measure_scale(args)
+        table, of_first = format_scale(measured), measured["load"]
+    else:
+        measured = of_first = measure(OTHERS.get(args.work, args.models), args)
+        table = format_table(measured)
+    machine = next(iter(of_first.values()))["machine"]
+    text = f"### {title}\n\n{table}\n\n{json.dumps(machine)}\n"
     record = json.dumps({**vars(args), "variants": measured}, indent=1)
     for suffix, content in ((".md", text), (".json", record)):
         with open(os.path.join(args.output, f"{args.work}{suffix}"), "w") as f:

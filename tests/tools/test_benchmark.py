@@ -14,7 +14,7 @@ from gnws_d2.config import load_config
 from gnws_d2.data import register_coco_datasets
 from gnws_d2.layers import WSConv2d
 from gnws_tools import benchmark, benchmark_variants
-from gnws_tools.benchmark import ALL_MODELS, MODELS, argument_parser
+from gnws_tools.benchmark import ALL_MODELS, MODELS, SCALE, argument_parser
 
 TINY = ["MODEL.RPN.POST_NMS_TOPK_TEST", "10", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "10"]
 
@@ -103,6 +103,21 @@ def test_script_writes_a_table_and_all_times(tmp_path):
         assert len(measured["seconds"]["inference"]) == 2
         assert 10 * 2**20 < measured["memory_bytes"] < 2**30
         assert measured["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+@pytest.mark.ci
+def test_scale_measures_each_job_beside_detectron2_with_the_same_ap(tmp_path):
+    done = run_script("scale", "--share", "0.0005", "--turns", "1", "--pycocotools", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "output" / "benchmark" / "scale.json").read_text())
+    assert list(record["variants"]) == list(SCALE)
+    for job, of_job in record["variants"].items():
+        assert set(SCALE[job]) <= set(of_job) and f"| {job} " in done.stdout
+        results = [measured["result"] for measured in of_job.values()]
+        if job.endswith("AP"):
+            assert len(results) == 3 and results[0][0] > 0.1
+            assert results[1] == results[2] == pytest.approx(results[0], abs=1e-6)
+        assert all(len(measured["seconds"][job]) == 1 for measured in of_job.values())
 
 
 @pytest.mark.parametrize(
