@@ -31,6 +31,7 @@ try:
 except ImportError:
     hotcoco = None  # type: ignore[assignment]
 
+_FIELDS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
 _LONGEST = timedelta(days=7)  # of an evaluation
 
 
@@ -59,14 +60,19 @@ class COCOEvaluator(_COCOEvaluator):
         with _wait_for_main_process():
             if not comm.is_main_process():
                 return {}
-            instances = [p["instances"] for p in itertools.chain(*predictions)]
-            results = list(itertools.chain(*instances))
-            ids = self._metadata.thing_dataset_id_to_contiguous_id
-            category_ids = {contiguous_id: id for id, contiguous_id in ids.items()}
-            for result in results:
-                result["category_id"] = category_ids[result["category_id"]]
+            predictions = list(itertools.chain(*predictions))
             if self._output_dir:
                 os.makedirs(self._output_dir, exist_ok=True)
+            if any("proposals" in prediction for prediction in predictions):
+                self._results: dict[str, Any] = OrderedDict()
+                self._eval_box_proposals(predictions)
+                return self._results
+            results = list(itertools.chain(*(p["instances"] for p in predictions)))
+            ids = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
+            category_ids = {contiguous_id: id for id, contiguous_id in ids.items()}
+            for result in results if ids else ():
+                result["category_id"] = category_ids[result["category_id"]]
+            if self._output_dir:
                 path = os.path.join(self._output_dir, "coco_instances_results.json")
                 self._logger.info(f"Saving {len(results):,} predictions to {path}.")
                 with atomic_write(path) as f:
@@ -137,8 +143,8 @@ def evaluate_results(
         results = [{k: v for k, v in result.items() if k != left_out} for result in results]
         if not {r["image_id"] for r in results} <= set(truth.getImgIds()):
             raise ValueError("there are results of other images")
-        if not all(task in r or "segmentation" in r or "bbox" in r for r in results):
-            raise ValueError(f"there are results without {task}")
+        if not all(_FIELDS[task] in result for result in results):
+            raise ValueError(f"there are results without {_FIELDS[task]}")
         evaluation = _evaluator(truth, results, task)
         params = evaluation.params
         if img_ids is not None:

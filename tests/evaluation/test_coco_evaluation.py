@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator as Detectron2sEvaluator
 from detectron2.structures import Boxes, Instances, polygons_to_bitmask
 from hypothesis import given
 from hypothesis import strategies as st
@@ -106,6 +107,47 @@ def test_no_predictions_have_ap_zero_as_in_pycocotools(dataset_name, tmp_path):
         expected = coco_eval(ground_truth, no_detections, task)
         assert [results[task][name] for name in METRICS] == pytest.approx(expected, nan_ok=True)
         assert results[task]["AP"] == 0
+
+
+def test_dataset_without_a_file_is_evaluated_as_by_detectron2(shapes_root, tmp_path):
+    """One of a function, which Detectron2 converts."""
+    records = DatasetCatalog.get("shapes_val")
+    DatasetCatalog.register("of_a_function", lambda: records)
+    MetadataCatalog.get("of_a_function").thing_classes = ["circle", "square", "triangle"]
+    results = []
+    for evaluator_class, keys in (
+        (COCOEvaluator, {}),
+        (Detectron2sEvaluator, {"use_fast_impl": False, "allow_cached_coco": False}),
+    ):
+        rng, output_dir = np.random.RandomState(0), str(tmp_path / evaluator_class.__module__)
+        evaluator = evaluator_class("of_a_function", ("bbox",), output_dir=output_dir, **keys)
+        evaluator.reset()
+        for record in records:
+            evaluator.process([record], [predict(record, rng)])
+        results.append(evaluator.evaluate())
+    DatasetCatalog.remove("of_a_function")
+    MetadataCatalog.remove("of_a_function")
+    np.testing.assert_equal(*results)
+    assert 20 < results[0]["bbox"]["AP"] < 90
+
+
+def test_proposals_are_evaluated_as_by_detectron2(dataset_name):
+    records, results = DatasetCatalog.get(dataset_name), []
+    for evaluator_class in (COCOEvaluator, Detectron2sEvaluator):
+        rng = np.random.RandomState(0)
+        evaluator = evaluator_class(dataset_name, ("bbox",))
+        evaluator.reset()
+        for record in records:
+            instances = predict(record, rng)["instances"]
+            size = instances.image_size
+            logits = torch.logit(instances.scores)
+            proposals = Instances(
+                size, proposal_boxes=instances.pred_boxes, objectness_logits=logits
+            )
+            evaluator.process([record], [{"proposals": proposals}])
+        results.append(evaluator.evaluate())
+    np.testing.assert_equal(*results)
+    assert results[0]["box_proposals"]["AR@100"] > 20
 
 
 @pytest.fixture(scope="module")
