@@ -23,7 +23,7 @@ PROGRAMS = ("python ", "torchrun ", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchr
 CI_COMMANDS = ["bash tools/quick_start.sh", "bash tools/run_tests.sh"]
 CI_COMMANDS += ["ruff check", "ruff format --check", "mypy"]
 RUN_BY_CI = ["bash .ci/run", "pytest tests/layers/test_weight_standardization.py"]
-SCALE = "python tools/benchmark.py scale"  # run by tests/tools/test_benchmark.py
+OWN_TESTS = ("python tools/benchmark.py scale",)  # run by tests/tools/test_benchmark.py
 ON_CPUS = {"--num-gpus 8": "--num-gpus 2", "--nproc-per-node 8": "--nproc-per-node 2"}
 # One machine alone; two of --num-machines run at the same time.
 ON_ONE_MACHINE = {"--nnodes 2": "--nnodes 1", "HOST0:29500": "127.0.0.1:{port}"}
@@ -112,7 +112,7 @@ def test_commands_and_python_run_in_order(checkout):
     first = None
     # Training first: it writes the model that the others use.
     for command in sorted(commands(), key=lambda command: "train_net.py" not in command):
-        if not command.startswith(PROGRAMS) or command == SCALE:
+        if not command.startswith(PROGRAMS) or command.startswith(OWN_TESTS):
             continue
         for there, here in (ON_CPUS | ON_ONE_MACHINE | OUT_OF_REACH).items():
             command = command.replace(there, here.replace("{port}", port))
