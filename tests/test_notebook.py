@@ -20,6 +20,8 @@ from gnws_d2.checkpoint import catalog
 catalog.checkpoint_urls = lambda: {{{name!r}: {url!r}}}
 """
 RESULTS = "print(json.dumps(results))"
+# Half the training: .ci/run trains by the whole recipe, to a higher AP.
+SHORTER = {"SOLVER.MAX_ITER = 250": "SOLVER.MAX_ITER = 125", "--epochs 4": "--epochs 1"}
 
 
 @pytest.fixture
@@ -54,6 +56,10 @@ def test_notebook_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     notebook.cells.insert(0, nbformat.v4.new_code_cell(stand_in))
     notebook.cells.append(nbformat.v4.new_code_cell(RESULTS))
 
+    for there, here in SHORTER.items():
+        (cell,) = [cell for cell in notebook.cells if there in cell.source]
+        cell.source = cell.source.replace(there, here)
+
     resources = {"metadata": {"path": str(tmp_path / "notebooks")}}
     NotebookClient(notebook, timeout=1200, resources=resources).execute()
 
@@ -61,5 +67,5 @@ def test_notebook_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     pictures = [o for o in outputs if o.output_type == "display_data" and "image/png" in o.data]
     assert len(pictures) == 4  # the photograph, losses, shapes, own data
     results = json.loads(outputs[-1].text)
-    assert results["bbox"]["AP50"] > 30 and results["segm"]["AP50"] > 30
+    assert results["bbox"]["AP50"] > 15 and results["segm"]["AP50"] > 15
     assert (tmp_path / "output" / "notebook" / "my_data" / "report.html").is_file()
