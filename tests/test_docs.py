@@ -29,6 +29,7 @@ FINETUNE = (
     "python tools/finetune.py --train tests/assets/fruits_nuts/trainval.json "
     "tests/assets/fruits_nuts/images --model quick_start --epochs 60 --output output/fruits_nuts"
 )
+# These start Python themselves; the others are forked from one with Detectron2 (tests/warm.py).
 STARTS_PROCESSES = ("--num-gpus 2", "tools/benchmark.py")
 OWN_TESTS = ("python tools/benchmark.py scale",)  # run by tests/tools/test_benchmark.py
 ON_CPUS = {"--num-gpus 8": "--num-gpus 2", "--nproc-per-node 8": "--nproc-per-node 2"}

@@ -52,4 +52,5 @@ class WarmPython:
             job = json.dumps([words, str(directory), output.name])
             print(job, file=self.server.stdin, flush=True)
             returncode = int(self.server.stdout.readline())
-            assert returncode == status, f"{words}\n{output.read()[-6000:]}"
+            text = output.read()
+            assert returncode == status and "Traceback" not in text, f"{words}\n{text[-6000:]}"
