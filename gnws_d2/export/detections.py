@@ -1,6 +1,8 @@
 """Detections of a model on an image, and their comparison with another model's."""
 
+import timeit
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from detectron2.modeling import GeneralizedRCNN
@@ -56,3 +58,8 @@ def compare_detections(expected: Detections, actual: Detections, cut: float) -> 
     missing = (a > clear) & ~same.any(dim=1)
     unexpected = (b > clear) & ~same.any(dim=0)
     return int(same.any(dim=1).sum()), int(missing.sum() + unexpected.sum())
+
+
+def seconds_per_image(detector: Detector, image: Tensor) -> float:
+    """Return the least time of five runs."""
+    return min(timeit.repeat(partial(detector, image), number=1))

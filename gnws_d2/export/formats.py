@@ -73,8 +73,7 @@ def to_onnx(
     Export a folded model, which is of no other use afterwards, to ONNX by tracing `image`, with
     its class names as JSON in the metadata "classes".
     """
-    import onnx  # optional requirements
-    import onnxruntime
+    import onnx  # an optional requirement
 
     for m in model.modules():
         if type(m) is MaskRCNNConvUpsampleHead:
@@ -101,10 +100,18 @@ def to_onnx(
     if classes:
         proto.metadata_props.add(key="classes", value=json.dumps(list(classes.values())))
     data = proto.SerializeToString()
+    return {"model.onnx": data}, onnx_detector(data)
+
+
+def onnx_detector(data: bytes) -> Detector:
+    """Return a detector that runs an ONNX file of :func:`to_onnx` in ONNX Runtime on the CPU."""
+    import onnxruntime  # an optional requirement
+
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
 
     def run(image: Tensor) -> dict[str, Tensor]:
         outputs = session.run(names, {"image": image.numpy()})
         return {name: torch.from_numpy(output) for name, output in zip(names, outputs)}
 
-    return {"model.onnx": data}, run
+    return run
