@@ -15,8 +15,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
 from hypothesis import HealthCheck, settings
 from server import Server
+
+from gnws_d2 import model_zoo
 
 settings.register_profile("short", max_examples=150, derandomize=True, deadline=None, database=None)
 settings.register_profile(
@@ -100,6 +103,25 @@ def mmdet_state(name):
             value *= 3
         state[key] = value
     return state
+
+
+def small_mask_rcnn(path, classes):
+    """Config of a small Mask R-CNN with seeded weights, in `path`, that detects something."""
+    cfg = model_zoo.get_config("quick_start")
+    cfg.MODEL.WEIGHTS = str(path)
+    generator = torch.Generator().manual_seed(0)
+    state = build_model(cfg).state_dict()
+    for key, value in state.items():
+        random = torch.randn(value.shape, generator=generator)
+        if value.dim() > 1:
+            scale = 3 if "cls_score" in key else 0.1 if "delta" in key or "bbox" in key else 1
+            state[key] = random * scale * (2 / value[0].numel()) ** 0.5
+        elif key.endswith("norm.weight"):
+            state[key] = (0.2 if "conv3" in key else 1) * (1 + 0.1 * random)
+        else:
+            state[key] = 0.1 * random
+    torch.save({"model": state, "classes": dict(enumerate(classes, 1))}, path)
+    return cfg
 
 
 def wait_for(condition, timeout=120):

@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import mmdet_state
+from conftest import mmdet_state, small_mask_rcnn
 from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 from torchvision.ops import box_iou
@@ -123,23 +123,7 @@ def eager(cfg, images):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Config of a small Mask R-CNN with seeded weights that detects something."""
-    path = tmp_path_factory.mktemp("small") / "model.pth"
-    cfg = model_zoo.get_config("quick_start")
-    cfg.MODEL.WEIGHTS = str(path)
-    generator = torch.Generator().manual_seed(0)
-    state = build_model(cfg).state_dict()
-    for key, value in state.items():
-        random = torch.randn(value.shape, generator=generator)
-        if value.dim() > 1:
-            scale = 3 if "cls_score" in key else 0.1 if "delta" in key or "bbox" in key else 1
-            state[key] = random * scale * (2 / value[0].numel()) ** 0.5
-        elif key.endswith("norm.weight"):
-            state[key] = (0.2 if "conv3" in key else 1) * (1 + 0.1 * random)
-        else:
-            state[key] = 0.1 * random
-    torch.save({"model": state, "classes": dict(enumerate(CLASSES, 1))}, path)
-    return cfg
+    return small_mask_rcnn(tmp_path_factory.mktemp("small") / "model.pth", CLASSES)
 
 
 def read(cfg, *paths):
