@@ -56,6 +56,10 @@ def test_every_command_is_listed_with_its_description():
             "eval: error: --dataset a: gone.json does not",
         ),
         (["finetune", "--data", "gone", "--output", "x"], "finetune: error: --data gone does not"),
+        (
+            "export --config-file a --format folded --int8 --images b --output c".split(),
+            "gnws export: error: --int8 needs --format onnx, not folded",
+        ),
         (["convert"], "gnws convert: error: the following arguments are required: IN, OUT"),
     ],
 )

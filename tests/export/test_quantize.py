@@ -1,0 +1,234 @@
+"""An int8 ONNX file runs in ONNX Runtime, and is written only if it keeps the AP."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import re
+import runpy
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import Photographs, small_mask_rcnn
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.utils.logger import setup_logger
+from onnx import numpy_helper
+
+from gnws_d2 import Predictor
+from gnws_d2.data import OpenCVDatasetMapper, register_coco_datasets
+from gnws_d2.engine import Trainer
+from gnws_d2.export import detect, export, export_model, quantize
+from gnws_d2.export.evaluate import evaluate_detector
+from gnws_d2.utils.errors import RunError, UserError
+
+TOOL = str(Path(__file__).parent.parent.parent / "tools" / "export_model.py")
+CLASSES = ["circle", "square", "triangle"]
+IMAGES = Photographs.images
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A model, and a dataset whose objects are half of what it detects."""
+    root = tmp_path_factory.mktemp("small")
+    cfg = small_mask_rcnn(root / "model.pth", CLASSES)
+    coco = {"images": [], "annotations": []}
+    coco["categories"] = [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)]
+    predictor, mapper = Predictor(cfg), OpenCVDatasetMapper(cfg, is_train=False)
+    for record in Photographs().coco()["images"][:4]:
+        image = mapper({"file_name": str(IMAGES / record["file_name"])})
+        with torch.no_grad():
+            (output,) = predictor.model([record | image])
+        coco["images"].append(record)
+        for found in instances_to_coco_json(output["instances"], record["id"])[:20:2]:
+            found["category_id"] += 1
+            area = found["bbox"][2] * found["bbox"][3]
+            found |= {"id": len(coco["annotations"]) + 1, "iscrowd": 0, "area": area}
+            coco["annotations"].append(found)
+    (root / "found.json").write_text(json.dumps(coco))
+    cfg.DATASETS.COCO = [["int8_found", str(root / "found.json"), str(IMAGES)]]
+    cfg.DATASETS.TEST = ("int8_found",)
+    register_coco_datasets(cfg.DATASETS.COCO)
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def exported(small, tmp_path_factory):
+    """The float32 and the int8 file, and what the tool printed."""
+    out, printed, float32 = tmp_path_factory.mktemp("exported"), io.StringIO(), []
+    argv = ["--config-file", "quick_start", "--format", "onnx", "--int8", "--max-drop", "100"]
+    argv += ["--images", str(IMAGES), "--output", str(out), "--dataset", *small.DATASETS.COCO[0]]
+    argv += ["MODEL.WEIGHTS", small.MODEL.WEIGHTS, "DATASETS.TEST", "('int8_found', 'shapes_val')"]
+
+    def record(data, images):
+        float32.append(data)
+        return quantize_onnx(data, images)
+
+    quantize_onnx = quantize.quantize_onnx
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        setup_logger.cache_clear()  # log to this stdout
+        for name in ("gnws_d2", "detectron2.evaluation.evaluator"):
+            patch.setattr(logging.getLogger(name), "handlers", [])
+        patch.setattr(quantize, "quantize_onnx", record)
+        patch.setattr(export, "_MAX_CALIBRATION_IMAGES", 7)
+        patch.setattr(sys, "argv", [TOOL, *argv])
+        runpy.run_path(TOOL, run_name="__main__")
+    assert os.listdir(out) == ["model_int8.onnx"]  # alone
+    return float32[0], (out / "model_int8.onnx").read_bytes(), printed.getvalue()
+
+
+def test_convolutions_are_int8_and_the_interface_is_kept(exported, tmp_path):
+    before, after = map(onnx.load_from_string, exported[:2])
+    onnx.checker.check_model(after, full_check=True)
+    for field in ("metadata_props", "opset_import"):
+        assert list(getattr(after, field)) == list(getattr(before, field))
+    assert [p.key for p in after.metadata_props] == ["classes"]
+    for field in ("input", "output"):
+        assert list(getattr(after.graph, field)) == list(getattr(before.graph, field))
+    nodes = {output: node for node in after.graph.node for output in node.output}
+    weights = {w.name: numpy_helper.to_array(w) for w in after.graph.initializer}
+    convs = [node for node in after.graph.node if node.op_type == "Conv"]
+    assert len(convs) == sum(node.op_type == "Conv" for node in before.graph.node) > 50
+    for conv in convs:
+        data, weight = (nodes[name] for name in conv.input[:2])
+        assert (data.op_type, weight.op_type) == ("DequantizeLinear", "DequantizeLinear")
+        assert nodes[data.input[0]].op_type == "QuantizeLinear"
+        assert weights[data.input[2]].dtype == np.uint8
+        values, scales, _ = (weights[name] for name in weight.input)
+        assert values.dtype == np.int8 and abs(values.astype(int)).max() <= 64
+        assert scales.shape == values.shape[:1]
+    assert len(exported[1]) < 0.5 * len(exported[0])
+    # And so they are computed.
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(exported[1], options, providers=["CPUExecutionProvider"])
+    computed = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert computed.count("QLinearConv") == len(convs) and "Conv" not in computed
+
+
+def test_features_stay_close_to_those_in_float32(small, exported):
+    mapper = OpenCVDatasetMapper(small, is_train=False)
+    image = mapper({"file_name": str(IMAGES / "3.jpg")})["image"].numpy()[:, 5:110]
+    before, after = map(onnx.load_from_string, exported[:2])
+    rpn = [n for n in before.graph.node if n.name.startswith("/proposal_generator/rpn_head/conv")]
+    names = [node.input[0] for node in rpn if node.op_type == "Conv"]
+    features = []
+    for proto in (before, after):
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+        session = onnxruntime.InferenceSession(proto.SerializeToString())
+        features.append(session.run(names, {"image": image}))
+    assert len(names) == 5
+    for expected, actual in zip(*features):
+        assert expected.shape == actual.shape and not np.array_equal(expected, actual)
+        assert np.corrcoef(expected.ravel(), actual.ravel())[0, 1] > 0.9
+
+
+def test_ap_is_that_of_eval_only(small, exported, tmp_path):
+    cfg = small.clone()
+    cfg.OUTPUT_DIR = str(tmp_path)
+    model = Predictor(cfg).model
+    expected = {task: metrics["AP"] for task, metrics in Trainer.test(cfg, model).items()}
+    assert expected.keys() == {"bbox", "segm"} and 5 < min(expected.values()) < 95
+    assert evaluate_detector(cfg, partial(detect, model)) == expected
+
+    printed = exported[2]
+    assert "on 6 images" in printed  # every third of 18
+    table = [re.split(r"\s{2,}", line) for line in printed.splitlines()[-6:]]
+    assert table[0] == ["int8_found", "float32", "int8"]
+    rows = {name: list(map(float, values)) for name, *values in table[2:]}
+    assert list(rows) == ["box AP", "mask AP", "MB", "s/im, CPU"]
+    assert rows["box AP"][0] == pytest.approx(expected["bbox"], abs=0.1)
+    assert rows["mask AP"][0] == pytest.approx(expected["segm"], abs=0.1)
+    assert rows["box AP"][1] < rows["box AP"][0] - 1  # random weights have no margin
+    assert rows["MB"] == [round(len(data) / 1e6, 1) for data in exported[:2]]
+    assert min(rows["s/im, CPU"]) > 0
+
+
+def fake_evaluation(monkeypatch, exported, before, after):
+    found = iter([before, after])
+    monkeypatch.setattr(quantize, "evaluate_detector", lambda cfg, detector: next(found))
+    monkeypatch.setattr(quantize, "quantize_onnx", lambda data, images: exported[1])
+
+
+def test_ap_that_falls_is_an_error_and_leaves_the_old_files(small, exported, tmp_path, monkeypatch):
+    fake_evaluation(monkeypatch, exported, {"bbox": 50, "segm": 40}, {"bbox": 49.5, "segm": 38.5})
+    (tmp_path / "model_int8.onnx").write_text("old")
+    message = (
+        "Nothing was written: in int8, mask AP on int8_found falls from 40.00 to 38.50, by more "
+        "than --max-drop 1."
+    )
+    with pytest.raises(RunError, match=f"^{re.escape(message)}$") as e:
+        export_model(small, "onnx", str(tmp_path), str(IMAGES / "3.jpg"), int8_max_drop=1.0)
+    assert e.value.exit_status == 1
+    assert os.listdir(tmp_path) == ["model_int8.onnx"]
+    assert (tmp_path / "model_int8.onnx").read_text() == "old"
+
+
+@pytest.mark.parametrize("after, max_drop", [(48.5, 1.5), (50, 0), (55, 0)])
+def test_ap_may_fall_by_max_drop(after, max_drop, small, exported, monkeypatch):
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    fake_evaluation(monkeypatch, exported, {"bbox": 50}, {"bbox": after})
+    assert quantize.to_int8(small, exported[0], [image], max_drop) == exported[1]
+    fake_evaluation(monkeypatch, exported, {"bbox": 50}, {"bbox": after})
+    with pytest.raises(RunError, match="box AP on int8_found falls"):
+        quantize.to_int8(small, exported[0], [image], 50 - after - 0.1)
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["DATASETS.TEST", ()], r"^DATASETS\.TEST is empty: name a dataset to measure the AP of"),
+        (["DATASETS.TEST", ("gone",)], "^DATASETS.TEST names gone, which is not registered"),
+        (
+            ["DATASETS.TEST", ("int8_gone",)],
+            "^The annotation file of the dataset int8_gone does not",
+        ),
+        (["MODEL.ROI_HEADS.NUM_CLASSES", 4], "the dataset int8_found has 3 classes"),
+    ],
+)
+def test_dataset_is_checked_before_work(opts, message, small, tmp_path):
+    register_coco_datasets([["int8_gone", "int8_gone.json", str(IMAGES)]])
+    cfg = small.clone()
+    cfg.merge_from_list(opts)
+    with pytest.raises(UserError, match=message):
+        export_model(cfg, "onnx", str(tmp_path / "out"), "0.jpg", int8_max_drop=1.0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_dataset_without_objects_is_an_error(small, tmp_path):
+    coco = json.loads(Path(small.DATASETS.COCO[0][1]).read_text())
+    (tmp_path / "empty.json").write_text(json.dumps({**coco, "annotations": []}))
+    register_coco_datasets([["int8_empty", str(tmp_path / "empty.json"), str(IMAGES)]])
+    cfg = small.clone()
+    cfg.DATASETS.TEST = ("int8_empty",)
+    none = {"pred_boxes": torch.zeros(0, 4), "scores": torch.zeros(0)}
+    none |= {"pred_classes": torch.zeros(0, dtype=int), "pred_masks": torch.zeros(0, 1, 28, 28)}
+    with pytest.raises(
+        UserError, match=r"^The dataset int8_empty has no objects to compute AP with"
+    ):
+        evaluate_detector(cfg, lambda image: none)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ("--format folded --int8", "--int8 needs --format onnx, not folded"),
+        ("--format onnx --max-drop 1", "--max-drop needs --int8"),
+        ("--format onnx --int8 --max-drop nan", "--max-drop: nan is not a number of points, 0 or"),
+        ("--format onnx --int8 --max-drop -1", "--max-drop: -1 is not a number of points"),
+        ("--format onnx --int8 --max-drop 1%", "--max-drop: 1% is not a number of points"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(args, message, monkeypatch, capsys):
+    required = ["--config-file", "quick_start", "--images", "0.jpg", "--output", "out"]
+    monkeypatch.setattr(sys, "argv", [TOOL, *required, *args.split()])
+    with pytest.raises(SystemExit) as e:
+        runpy.run_path(TOOL, run_name="__main__")
+    assert e.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
