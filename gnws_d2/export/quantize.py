@@ -23,9 +23,9 @@ def quantize_onnx(data: bytes, images: Sequence[Tensor]) -> bytes:
     """
     Quantize the convolutions of an ONNX model to int8 (QDQ format).
 
-    Weights are int8 for each output channel, of 7 bits, with which the 16-bit sums of CPUs without
-    VNNI do not saturate: the AP is the same on every CPU. Activations are uint8: int8 ones are
-    slower than float32 in ONNX Runtime on x86.
+    Weights are int8 with a scale for each output channel, of 7 bits so that the 16-bit sums of CPUs
+    without VNNI do not saturate. Activations are uint8: int8 ones are slower than float32 in ONNX
+    Runtime on x86.
 
     Args:
         data: an ONNX file of :func:`to_onnx`.
