@@ -25,8 +25,9 @@ def add_gnws_config(cfg: CfgNode) -> None:
     if "GNWS" in cfg.MODEL:
         return
     cfg.MODEL.GNWS = CfgNode()
-    # "auto": the fastest implementation on the device of the weights. "reference": PyTorch's own
-    # operators one by one. Both give the same results to rounding.
+    # On a GPU, "auto" runs for each shape what is fastest there, Triton kernels or PyTorch's own
+    # operators, and with a SEED, PyTorch's own; "triton" and "torch" run one of them. "reference":
+    # no fused operations, but PyTorch's operators one by one. All agree to rounding.
     cfg.MODEL.GNWS.KERNELS = "auto"
 
     # Whether training keeps only the inputs of the ResNet's blocks, and computes the rest again in

@@ -27,14 +27,35 @@ for name in (*optional, "gnws_d2.report", "gnws_d2.export"):
 """
 
 
+NO_KERNELS = """
+import logging, sys
+logging.basicConfig(level=logging.DEBUG)
+import torch
+import detectron2.engine, detectron2.modeling  # torchvision imports some of Triton
+before = set(sys.modules)
+from gnws_d2.engine.defaults import _log_kernels
+from gnws_d2.layers import GroupNorm, WSConv2d
+conv = WSConv2d(3, 64, 3, norm=GroupNorm(32, 64))
+conv(torch.ones(1, 3, 8, 8)).sum().backward()
+_log_kernels()
+print(*sorted(m for m in set(sys.modules) - before if "triton" in m or ".kernels." in m))
+"""
+
+
 def run(code):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "kernel" not in done.stderr.lower() and "triton" not in done.stderr.lower()
     return done.stdout
 
 
 def test_no_optional_room_is_imported_and_nothing_registered_with_pytorch():
     run(CHECK)
+
+
+def test_run_on_a_cpu_imports_no_triton_and_says_nothing_of_kernels():
+    choice = [f"gnws_d2.layers.kernels.{name}" for name in ("check", "choice")]
+    assert run(NO_KERNELS).split() == choice
 
 
 @pytest.mark.ci

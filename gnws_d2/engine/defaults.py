@@ -31,7 +31,9 @@ from ..data.coco import dataset_classes
 from ..data.train_loader import TrainLoader, build_train_loader, derive_seed
 from ..evaluation import COCOEvaluator, read_results, results_json
 from ..layers import fold_for_inference
+from ..layers.kernels import choice
 from ..modeling import checkpoint_activations
+from ..modeling.backbone import check_kernels
 from ..utils.errors import UserError
 from ..utils.process import end_with_parent, keep_freed_memory
 from .hooks import (
@@ -42,7 +44,7 @@ from .hooks import (
     WandbRun,
     validation_loss,
 )
-from .launch import check_ranks_agree, leave_process_group
+from .launch import agree_on_kernels, check_ranks_agree, leave_process_group
 from .recipe import Choice
 from .run_record import RunRecord
 from .test_time_augmentation import with_tta
@@ -69,12 +71,14 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     end with its launcher, and a check that all run the same. Long messages, such as the config and
     the model, go to log.txt alone, at the level DEBUG.
     """
-    if cfg.MODEL.DEVICE == "cpu" and cfg.MODEL.GNWS.KERNELS == "auto":
+    if cfg.MODEL.DEVICE == "cpu" and cfg.MODEL.GNWS.KERNELS != "reference":
         keep_freed_memory()
     if comm.get_world_size() > 1:
         end_with_parent()
         check_ranks_agree(cfg, args)
         atexit.register(leave_process_group)
+        if cfg.MODEL.DEVICE != "cpu" and check_kernels(cfg) in ("auto", "triton"):
+            agree_on_kernels(cfg, torch.device("cuda", torch.cuda.current_device()))
     # As Detectron2 calls it below, for the same loggers.
     for name in ({"name": "fvcore"}, {}, {"name": "gnws_d2"}):
         logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), **name)
@@ -83,8 +87,15 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
             if getattr(handler, "stream", None) is sys.stdout:
                 handler.addFilter(lambda record: record.levelno > logging.DEBUG)
     logging.getLogger("detectron2.engine.train_loop").addFilter(_demote_traceback)
+    if comm.is_main_process():
+        atexit.register(_log_kernels)
     # Without the config file, whose content is part of the config.
     _default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": ""}))
+
+
+def _log_kernels() -> None:
+    if text := choice.summarize():
+        logging.getLogger(__name__).info(text)
 
 
 def _demote_long_message(record: logging.LogRecord) -> bool:

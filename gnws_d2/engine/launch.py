@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import glob
 import hashlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -24,6 +25,7 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..config import flatten_config
+from ..layers.kernels import choice
 from ..utils.errors import RunError, UserError
 
 _PACKAGE = Path(__file__).parent.parent
@@ -140,6 +142,21 @@ def lock_output_dir(cfg: CfgNode, args: argparse.Namespace) -> Iterator[None]:
         for part in glob.glob(os.path.join(glob.escape(output_dir), "*.part")):
             os.remove(part)
         yield
+
+
+def agree_on_kernels(cfg: CfgNode, device: torch.device) -> None:
+    """
+    Check the Triton kernels that training or evaluation may use on `device` now, and have all ranks
+    run PyTorch's own operators in place of those that fail on one of them.
+    """
+    dtypes = [torch.float32]
+    if cfg.SOLVER.AMP.ENABLED:
+        dtypes.append(getattr(torch, cfg.SOLVER.AMP.PRECISION))
+    names = ("group_norm", "weight_standardization")
+    checks = [(name, dtype) for name in names for dtype in dtypes if choice.has_triton(device)]
+    failed = [check for check in checks if not choice.passes_check(*check, device)]
+    for name, dtype in itertools.chain(*comm.all_gather(failed)):
+        choice.forbid(name, dtype, device)
 
 
 def check_ranks_agree(cfg: CfgNode, args: argparse.Namespace) -> None:

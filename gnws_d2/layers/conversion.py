@@ -38,8 +38,9 @@ def convert_ws_conv(module: nn.Module, kernels: str = "auto") -> nn.Module:
 
     Args:
         module: a model, or any part of one, of any Detectron2 architecture.
-        kernels: "auto" also gives `module` the fused GroupNorm and ResNet blocks; "reference"
-            keeps PyTorch's own operators one by one (config key MODEL.GNWS.KERNELS).
+        kernels: "reference" keeps PyTorch's own operators one by one. All else also gives `module`
+            the fused GroupNorm and ResNet blocks; see :func:`group_norm` for "auto", "triton" and
+            "torch" (config key MODEL.GNWS.KERNELS).
 
     Returns:
         `module`
@@ -59,10 +60,12 @@ def convert_ws_conv(module: nn.Module, kernels: str = "auto") -> nn.Module:
     for conv in convs:
         conv.__class__ = WSConv2d
         conv.kernels = kernels
-    if kernels == "auto":
+    if kernels != "reference":
         for m in module.modules():
             if type(m) in _FUSED and getattr(m, "affine", True) and _is_fusible(m):
                 m.__class__ = _FUSED[type(m)]
+            if isinstance(m, GroupNorm):
+                m.kernels = kernels
     if not convs:
         logging.getLogger(__name__).warning(
             f"{type(module).__name__} has no convolution followed by a norm and stays the same: "

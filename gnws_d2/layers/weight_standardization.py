@@ -1,5 +1,7 @@
 """Weight Standardization (Qiao et al. 2019, arXiv:1903.10520) and the convolution that uses it."""
 
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -7,11 +9,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .group_norm import GNConv2d, autocast_dtype
-from .kernels import get_kernels
+from .kernels.choice import can_choose, fastest, get_kernels
 
 
 def standardize_weight(
-    weight: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None
+    weight: Tensor,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+    kernels: str = "auto",
 ) -> Tensor:
     """
     Standardize every filter of a convolution weight to mean 0 and standard deviation 1:
@@ -26,6 +31,7 @@ def standardize_weight(
         weight: (C_out, C_in / groups, kH, kW), floating point.
         eps: added to the standard deviation.
         dtype: of the output; by default that of `weight`.
+        kernels: see :func:`group_norm`.
 
     Returns:
         A tensor of the shape of `weight`. Statistics are computed in float32 at least.
@@ -33,9 +39,47 @@ def standardize_weight(
     dtype = dtype or weight.dtype
     if torch.jit.is_tracing():  # a trace has no autograd functions
         return standardize_weight_reference(weight, eps).to(dtype)
-    if torch.is_grad_enabled() and weight.requires_grad:
-        return _StandardizeWeight.apply(weight, eps, dtype)
-    return _standardize(weight, eps, dtype)[0]
+    grad = torch.is_grad_enabled() and weight.requires_grad
+    triton = _choose(kernels, weight, eps, dtype, grad)
+    if grad:
+        return _StandardizeWeight.apply(weight, eps, dtype, triton)
+    return _standardize(weight, eps, dtype, triton)[0]
+
+
+# By shape and options, the Triton kernels, or None for PyTorch's operators.
+_chosen: dict[tuple[Any, ...], ModuleType | None] = {}
+
+
+def _choose(
+    kernels: str, weight: Tensor, eps: float, dtype: torch.dtype, grad: bool
+) -> ModuleType | None:
+    """The Triton kernels, if they are to run, or are the fastest for this shape."""
+    if kernels == "torch" or not can_choose(weight):
+        return None
+    key = (weight.shape, weight.dtype, weight.device, dtype, grad, kernels)
+    if key not in _chosen:
+        triton = get_kernels("weight_standardization", weight)
+        if triton is not None and kernels == "auto":
+            candidates = {
+                name: partial(_try, weight.detach(), eps, dtype, module, grad)
+                for name, module in (("triton", triton), ("torch", None))
+            }
+            sizes = [n.bit_length() for n in weight.shape]  # in powers of two
+            name = fastest(("standardize", *sizes, *key[1:]), candidates, weight.device)
+            triton = triton if name == "triton" else None
+        _chosen[key] = triton
+    return _chosen[key]
+
+
+def _try(
+    weight: Tensor, eps: float, dtype: torch.dtype, triton: ModuleType | None, grad: bool
+) -> None:
+    if grad:
+        weight.requires_grad_()
+        out = _StandardizeWeight.apply(weight, eps, dtype, triton)
+        torch.autograd.grad(out, weight, out.detach())
+    else:
+        _standardize(weight, eps, dtype, triton)
 
 
 def standardize_weight_reference(weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -47,11 +91,12 @@ def standardize_weight_reference(weight: Tensor, eps: float = 1e-5) -> Tensor:
     return ((w - mean) / (std + eps)).view_as(weight).to(weight.dtype)
 
 
-def _standardize(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _standardize(
+    weight: Tensor, eps: float, dtype: torch.dtype, triton: ModuleType | None
+) -> tuple[Tensor, Tensor]:
     """The standardized weight, and the (C_out, 1) std."""
-    kernels = get_kernels("weight_standardization", weight)
-    if kernels is not None:
-        return kernels.standardize(weight, eps, dtype)
+    if triton is not None:
+        return triton.standardize(weight, eps, dtype)
     w = weight.to(torch.promote_types(weight.dtype, torch.float32)).flatten(1)
     w = w - w[:, :1]  # a large common offset would cost the mean digits
     w -= w.mean(dim=1, keepdim=True)
@@ -63,19 +108,21 @@ def _standardize(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor
 
 class _StandardizeWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        out, std = _standardize(weight, eps, dtype)
+    def forward(
+        ctx: Any, weight: Tensor, eps: float, dtype: torch.dtype, triton: ModuleType | None
+    ) -> Tensor:
+        out, std = _standardize(weight, eps, dtype, triton)
         ctx.save_for_backward(out, std)
-        ctx.eps, ctx.dtype = eps, weight.dtype
+        ctx.eps, ctx.dtype, ctx.triton = eps, weight.dtype, triton
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         out, std = ctx.saved_tensors
-        kernels = get_kernels("weight_standardization", out)
-        if kernels is not None:
-            return kernels.standardize_backward(grad, out, std, ctx.eps, ctx.dtype), None, None
+        if ctx.triton is not None:
+            g = ctx.triton.standardize_backward(grad, out, std, ctx.eps, ctx.dtype)
+            return g, None, None, None
         g, y = (x.to(std.dtype).flatten(1) for x in (grad, out))
         n = g.size(1)
         # grad_weight = (g - mean(g) - y * sum(g * y) / (n - 1) * (std + eps) / std) / (std + eps)
@@ -86,7 +133,7 @@ class _StandardizeWeight(torch.autograd.Function):
             g, y, [n], torch.zeros_like(rstd), rstd, None, None, [True, False, False]
         )
         g *= 1 / (std_eps * rstd)
-        return g.view_as(out).to(ctx.dtype), None, None
+        return g.view_as(out).to(ctx.dtype), None, None, None
 
 
 class WSConv2d(GNConv2d):
@@ -102,9 +149,9 @@ class WSConv2d(GNConv2d):
     def get_weight(self) -> Tensor:
         """Return the standardized weight, in the dtype of autocast if that is on."""
         if not torch.jit.is_scripting():  # TorchScript compiles the formula alone
-            if self.kernels == "auto":
+            if self.kernels != "reference":
                 dtype = self.weight.dtype
                 if dtype != torch.float64:  # which autocast does not cast
                     dtype = autocast_dtype(self.weight.device) or dtype
-                return standardize_weight(self.weight, dtype=dtype)
+                return standardize_weight(self.weight, dtype=dtype, kernels=self.kernels)
         return standardize_weight_reference(self.weight)

@@ -71,16 +71,28 @@ def _recompute(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def check_keys(cfg: CfgNode, *sections: str) -> str:
     """
     Returns:
-        ``MODEL.GNWS.KERNELS``; "auto" for a config without our keys.
+        See :func:`check_kernels`.
 
     Raises:
-        UserError: if it is unknown, or the ``NORM`` of one of the `sections` of ``cfg.MODEL`` is
-            not "GN" (Detectron2's defaults are frozen BatchNorm and none).
+        UserError: if ``MODEL.GNWS.KERNELS`` is unknown, or the ``NORM`` of one of the `sections` of
+            ``cfg.MODEL`` is not "GN" (Detectron2's defaults are frozen BatchNorm and none).
     """
     for section in sections:
         key, norm = f"MODEL.{section}.NORM", cfg.MODEL[section].NORM
         if norm != "GN":
             raise UserError(f'{key} is "{norm}", but a GN+WS model needs GroupNorm: set {key} GN.')
+    return check_kernels(cfg)
+
+
+def check_kernels(cfg: CfgNode) -> str:
+    """
+    Returns:
+        ``MODEL.GNWS.KERNELS``, "auto" for a config without our keys; but "torch" for "auto" if a
+        ``SEED`` asks for the same numbers in every run, as what is fastest may differ.
+
+    Raises:
+        UserError: if it is unknown.
+    """
     kernels = cfg.MODEL.GNWS.KERNELS if "GNWS" in cfg.MODEL else "auto"
-    check_choice("MODEL.GNWS.KERNELS", kernels, ("auto", "reference"))
-    return kernels
+    check_choice("MODEL.GNWS.KERNELS", kernels, ("auto", "triton", "torch", "reference"))
+    return "torch" if kernels == "auto" and cfg.SEED >= 0 else kernels

@@ -23,7 +23,7 @@ class _GNWSHead(nn.Module):
         super().__init__(*args, **kwargs)
         for m in convert_ws_conv(self, kernels).modules():
             if isinstance(m, WSConv2d):
-                m.channels_last = kernels == "auto"
+                m.channels_last = kernels != "reference"
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:

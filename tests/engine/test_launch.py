@@ -12,13 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, processes_of_test, wait_for
 from detectron2.utils import comm
 from torch import distributed as dist
 
 import train_net
+from gnws_d2.config import load_config
 from gnws_d2.engine import get_config, lock_output_dir
-from gnws_d2.engine.launch import leave_process_group
+from gnws_d2.engine.launch import agree_on_kernels, leave_process_group
+from gnws_d2.layers.kernels import choice
 from gnws_d2.utils.errors import UserError
 
 QUICK_START = ["--config-file", str(ROOT / "configs" / "quick_start.yaml")]
@@ -308,3 +311,33 @@ def test_output_dir_that_cannot_be_written_is_named(tmp_path, fails):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "out", Path("/proc/out")):
         assert f"OUTPUT_DIR {path} cannot be written: " in fails("OUTPUT_DIR", str(path))
+
+
+def _check_kernels(rank, store, queue):
+    """A rank, on whose GPU GroupNorm in float16 is wrong if it is the second."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    choice.has_triton = lambda device: True
+    choice.find_difference = lambda kernels, dtype, device: (
+        "a lot" if rank == 1 and dtype == torch.float16 and hasattr(kernels, "group_norm") else ""
+    )
+    device = torch.device("cpu")
+    agree_on_kernels(load_config("quick_start", ["SOLVER.AMP.ENABLED", "True"]), device)
+    names, dtypes = ("group_norm", "weight_standardization"), (torch.float32, torch.float16)
+    queue.put([rank, [choice.passes_check(n, dtype, device) for n in names for dtype in dtypes]])
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_all_ranks_refuse_kernels_that_fail_on_one(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [
+        context.Process(target=_check_kernels, args=(rank, tmp_path / "store", queue))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    results = sorted(queue.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join()
+    assert results == [[rank, [True, False, True, True]] for rank in range(2)]

@@ -55,7 +55,7 @@ def test_group_norm_forward_and_backward(dtype, shape, groups, residual, relu):
 
     leaves = [t.requires_grad_() for t in inputs]
     x, weight, bias, *rest = leaves
-    y = gn.GroupNormFunction.apply(x, weight, bias, groups, 1e-5, *(rest or [None]), relu)
+    y = gn.group_norm(x, groups, weight, bias, 1e-5, *(rest or [None]), relu)
     assert y.dtype == dtype
     assert error(y, expected) < TOLERANCE[dtype]
     for actual, expected, leaf in zip(torch.autograd.grad(y, leaves, grad), expected_grads, leaves):
@@ -67,9 +67,8 @@ def test_group_norm_takes_channels_last():
     torch.manual_seed(0)
     x = torch.randn(2, 64, 9, 5, device=DEVICE)
     weight, bias = torch.randn(2, 64, device=DEVICE)
-    y = gn.GroupNormFunction.apply(
-        x.to(memory_format=torch.channels_last), weight, bias, 32, 1e-5, None, False
-    )
+    x_last = x.to(memory_format=torch.channels_last)
+    y = gn.group_norm(x_last, 32, weight, bias, 1e-5, None, False)
     expected = F.group_norm(x.double(), 32, weight.double(), bias.double())
     assert error(y, expected) < 1e-6
 
@@ -111,17 +110,17 @@ def test_filter_of_equal_values_gives_zeros_and_finite_gradients():
 
 
 COMPILE = """
-import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from gnws_d2.layers.kernels import group_norm as gn
 from gnws_d2.layers.kernels import weight_standardization as ws
 
+OF_INPUT = ("x_ptr", "residual_ptr", "y_ptr", "grad_y_ptr", "grad_x_ptr", "grad_residual_ptr")
+
 def compile_for(capability, kernel, **constants):
     signature = {}
     for name in kernel.arg_names:
-        half = name in ("x_ptr", "residual_ptr", "y_ptr", "grad_y_ptr", "grad_x_ptr", "out_ptr")
-        pointer = "*fp16" if half else "*fp32"
+        pointer = "*fp16" if name in OF_INPUT else "*fp32"
         number = "fp32" if name == "eps" else "i32"
         signature[name] = pointer if name.endswith("_ptr") else number
         if name in constants:
@@ -130,10 +129,10 @@ def compile_for(capability, kernel, **constants):
     print(kernel.__name__, len(compile(source, GPUTarget("cuda", capability, 32)).asm["cubin"]))
 
 for capability in (80, 90):
-    for splits, block_p in ((1, 64), (64, 1024)):
-        block = dict(BLOCK_C=16, BLOCK_P=block_p)
+    for block_s, block_p in ((0, 64), (64, 1024)):
+        block = dict(VEC=8, BLOCK_C=16, BLOCK_P=block_p)
         fused = dict(RESIDUAL=True, RELU=True)
-        group = dict(D=8, SPLITS=splits)
+        group = dict(D=8, BLOCK_S=block_s)
         compile_for(capability, gn._moments_kernel, **block)
         compile_for(capability, gn._normalize_kernel, **block, **fused, **group)
         compile_for(capability, gn._grad_sums_kernel, **block, **fused)

@@ -151,8 +151,17 @@ def test_activation_checkpointing_keeps_gradients_and_saves_memory(kernels):
 def test_unknown_kernels_are_refused():
     cfg = get_config()
     cfg.MODEL.GNWS.KERNELS = "fast"
-    with pytest.raises(UserError, match='KERNELS is "fast": set it to "auto" or "reference"'):
+    choices = '"auto" or "triton" or "torch" or "reference"'
+    with pytest.raises(UserError, match=f'KERNELS is "fast": set it to {choices}'):
         build_model(cfg)
+
+
+@pytest.mark.parametrize("seed, kernels", [(-1, "auto"), (1, "torch")])
+def test_model_with_a_seed_times_nothing(seed, kernels):
+    cfg = get_config()
+    cfg.SEED = seed
+    modules = build_backbone(cfg).modules()
+    assert {m.kernels for m in modules if isinstance(m, (GroupNorm, WSConv2d))} == {kernels}
 
 
 def test_stock_config_without_our_keys_builds():

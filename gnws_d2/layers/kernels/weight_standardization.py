@@ -5,10 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
+
 _MAX_SIZE = 16384  # values of a filter that a program holds in registers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "correction"])
 def _standardize_kernel(weight_ptr, out_ptr, std_ptr, size, correction, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     i = tl.arange(0, BLOCK)
@@ -22,7 +24,7 @@ def _standardize_kernel(weight_ptr, out_ptr, std_ptr, size, correction, eps, BLO
     tl.store(std_ptr + row, std)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "correction"])
 def _grad_kernel(grad_ptr, out_ptr, std_ptr, grad_weight_ptr, size, correction, eps,
                  BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0)
@@ -47,20 +49,22 @@ def unsupported_reason(weight: Tensor) -> str:
     return ""
 
 
-def _launch(weight: Tensor) -> tuple[int, int, dict[str, int]]:
-    """The size and correction arguments, and the block and warps."""
-    size = weight[0].numel()
-    block = triton.next_power_of_2(size)
-    return size, min(1, size - 1), {"BLOCK": block, "num_warps": min(8, max(1, block // 256))}
+def _launch_options(weight: Tensor) -> tuple[tuple[int, int], int, int]:
+    """The size of a filter and the correction of its variance; the block and the warps."""
+    size = weight.numel() // len(weight)
+    block = 1 << (size - 1).bit_length()
+    return (size, min(1, size - 1)), block, min(8, max(1, block // 256))
 
 
 def standardize(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the standardized weight, contiguous, of `dtype`, and the (C_out, 1) float32 std."""
-    size, correction, options = _launch(weight)
+    numbers, block, warps = _launch_options(weight)
     weight = weight.contiguous()
     out = torch.empty_like(weight, dtype=dtype)
-    std = weight.new_empty((len(weight), 1), dtype=torch.float32)
-    _standardize_kernel[(len(weight),)](weight, out, std, size, correction, eps, **options)
+    std = torch.empty((len(weight), 1), dtype=torch.float32, device=weight.device)
+    dtypes = (weight.dtype, dtype)
+    tensors = (weight, out, std)
+    launch(_standardize_kernel, (len(weight), 1), tensors, (*numbers, eps), (block,), dtypes, warps)
     return out, std
 
 
@@ -68,8 +72,9 @@ def standardize_backward(
     grad: Tensor, out: Tensor, std: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
     """Return the gradient of the weight, of `dtype`, from that of `out` of :func:`standardize`."""
-    size, correction, options = _launch(out)
-    grad = grad.contiguous()
+    numbers, block, warps = _launch_options(out)
     grad_weight = torch.empty_like(out, dtype=dtype)
-    _grad_kernel[(len(out),)](grad, out, std, grad_weight, size, correction, eps, **options)
+    tensors = (grad.contiguous(), out, std, grad_weight)
+    dtypes = (grad.dtype, out.dtype, dtype)
+    launch(_grad_kernel, (len(out), 1), tensors, (*numbers, eps), (block,), dtypes, warps)
     return grad_weight

@@ -1,0 +1,94 @@
+"""Check Triton kernels against PyTorch's operators, on the GPU that they are to run on."""
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Of the largest value, or of 1 if all are smaller; several times the rounding.
+_TOLERANCE = {torch.float32: 3e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+# Shape, groups, residual and ReLU, eps: groups in one tile, of odd sizes; in several; of one
+# element, whose gradient is zero, and its rounding is multiplied by 1 / sqrt(eps).
+_GROUP_NORM = [
+    ((3, 64, 7, 5), 32, True, True, 1e-5),
+    ((2, 8, 93, 61), 2, True, True, 1e-5),
+    ((2, 4, 1, 1), 4, False, True, 1.0),
+]
+_WEIGHTS = [(6, 3, 7, 7), (5, 64, 1, 1), (2, 1, 1, 1)]
+_EPS = 1e-5
+
+
+def find_difference(kernels: ModuleType, dtype: torch.dtype, device: torch.device) -> str:
+    """
+    Compare the kernels of a module, forward and backward, with PyTorch's operators in float64, on
+    small seeded inputs.
+
+    Returns:
+        What differs beyond rounding; "" if nothing does.
+    """
+    is_norm = hasattr(kernels, "group_norm")
+    check = _check_group_norm if is_norm else _check_weight_standardization
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator)
+
+    for case in _GROUP_NORM if is_norm else _WEIGHTS:
+        for _ in range(2):  # the second launch of a kernel is another one than the first
+            difference = check(kernels, dtype, randn, case)
+            if difference:
+                return f"{difference} of a tensor of {case}"
+    return ""
+
+
+def _check_group_norm(
+    kernels: ModuleType, dtype: torch.dtype, randn: Callable[..., Tensor], case: tuple
+) -> str:
+    shape, groups, with_residual, relu, eps = case
+    inputs = [(randn(*shape) + 3).to(dtype), *randn(2, shape[1])]
+    inputs += [randn(*shape).to(dtype)] if with_residual else []
+    doubles = [t.double().requires_grad_() for t in inputs]
+    x, weight, bias = doubles[:3]
+    expected = F.group_norm(x, groups, weight, bias, eps)
+    expected = sum(doubles[3:], expected)
+    # Where rounding decides the sign, the gradient is anything.
+    grad = randn(*shape).to(dtype).where(expected.abs() > 0.05, 0)
+    expected = expected.relu() if relu else expected
+
+    leaves = [t.requires_grad_() for t in inputs]
+    residual = leaves[3] if with_residual else None
+    x, weight, bias = leaves[:3]
+    y = kernels.group_norm(x, groups, weight, bias, eps, residual, relu)
+    actual = [y, *torch.autograd.grad(y, leaves, grad)]
+    grads = torch.autograd.grad(expected, doubles, grad.double())
+    names = ["the output", *(f"the gradient of the {n}" for n in ("input", "weight", "bias"))]
+    return _compare([*names, "the gradient of the residual"], actual, [expected, *grads], dtype)
+
+
+def _check_weight_standardization(
+    kernels: ModuleType, dtype: torch.dtype, randn: Callable[..., Tensor], case: tuple
+) -> str:
+    weight, grad = (randn(*case) + 1).to(dtype), randn(*case).to(dtype)
+    out, std = kernels.standardize(weight, _EPS, dtype)
+    grad_weight = kernels.standardize_backward(grad, out, std, _EPS, dtype)
+    w = weight.double().flatten(1).requires_grad_()
+    expected_std, mean = torch.std_mean(w, 1, correction=min(1, w.size(1) - 1), keepdim=True)
+    expected = (w - mean) / (expected_std + _EPS)
+    (expected_grad,) = torch.autograd.grad(expected, w, grad.double().flatten(1))
+    if w.size(1) == 1:  # 0 / 0 in the formula's gradient
+        expected_grad = torch.zeros_like(w)
+    names = ["the output", "the standard deviation", "the gradient of the weight"]
+    actual = [out.flatten(1), std, grad_weight.flatten(1)]
+    return _compare(names, actual, [expected, expected_std, expected_grad], dtype)
+
+
+def _compare(
+    names: Sequence[str], actual: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype
+) -> str:
+    for name, a, e in zip(names, actual, expected):
+        error = ((a.double() - e).abs().max() / e.abs().max().clamp(min=1)).item()
+        if not error <= _TOLERANCE[dtype]:  # NaN, too
+            return f"{error:.1e} of the largest value in {name}"
+    return ""
