@@ -102,9 +102,9 @@ def prepare_model(cfg: CfgNode, variant: str, args: argparse.Namespace) -> Parts
     inputs = make_inputs(cfg, args.image_size, args.batch_size)
     model = build_variant(cfg, variant.removesuffix(", AMP"), train, inputs)
     amp, device = variant.endswith(", AMP"), torch.device(cfg.MODEL.DEVICE).type
-    dtype = torch.float16 if device == "cuda" else torch.bfloat16
+    dtype = torch.bfloat16 if device == "cpu" else getattr(torch, cfg.SOLVER.AMP.PRECISION)
     autocast = torch.autocast(device, dtype, enabled=amp)
-    scaler = torch.amp.GradScaler(device, enabled=amp and device == "cuda")
+    scaler = torch.amp.GradScaler(device, enabled=amp and dtype == torch.float16)
     optimizer = build_optimizer(cfg, model)
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # every step is to have the same work
@@ -204,7 +204,7 @@ def main() -> None:
     register_coco_datasets(cfg.DATASETS.COCO)
     cuda = cfg.MODEL.DEVICE != "cpu" and args.work != "dataloader"
     if variant.endswith(", AMP"):
-        check_precision(cfg.MODEL.DEVICE, "float16" if cuda else "bfloat16")
+        check_precision(cfg.MODEL.DEVICE, cfg.SOLVER.AMP.PRECISION if cuda else "bfloat16")
     if cuda:
         check_device(cfg)
     elif args.work == "ops" or variant.removesuffix(", AMP") in ("GN+WS", "GN"):

@@ -8,12 +8,13 @@ import cv2
 import pytest
 import torch
 from conftest import ROOT
+from detectron2.modeling import build_backbone
 
 from gnws_d2 import model_zoo
 from gnws_d2.config import load_config
 from gnws_d2.data import register_coco_datasets
-from gnws_d2.layers import WSConv2d
-from gnws_tools import benchmark, benchmark_variants
+from gnws_d2.layers import GroupNorm, WSConv2d
+from gnws_tools import benchmark, benchmark_gpu, benchmark_variants
 from gnws_tools.benchmark import ALL_MODELS, MODELS, SCALE, argument_parser
 
 TINY = ["MODEL.RPN.POST_NMS_TOPK_TEST", "10", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "10"]
@@ -118,6 +119,82 @@ def test_scale_measures_each_job_beside_detectron2_with_the_same_ap(tmp_path):
             assert len(results) == 3 and results[0][0] > 0.1
             assert results[1] == results[2] == pytest.approx(results[0], abs=1e-6)
         assert all(len(measured["seconds"][job]) == 1 for measured in of_job.values())
+
+
+@pytest.mark.ci
+def test_dry_run_of_the_gpu_benchmark_measures_everything_on_the_cpu(tmp_path):
+    done = run_script("gpu", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "output" / "benchmark" / "gpu.md").read_text() == done.stdout[:-1]
+    record = json.loads((tmp_path / "output" / "benchmark" / "gpu.json").read_text())
+    operators, *precisions = record["variants"].values()
+    assert list(record["variants"]) == ["operators", "float32", "float16"]
+    names = {row["operator"] for row in operators["rows"]}
+    assert names == {"GroupNorm + ReLU", "weight standardization"} and len(operators["rows"]) > 30
+    tolerance = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
+    for row in operators["rows"]:
+        assert max(row["error"]) < tolerance[row["precision"]], row
+        for times in (row["forward"], row["wall"], row["forward and backward"]):
+            assert {"triton", "torch", "auto"} < set(times) and min(times.values()) > 0
+    for result in precisions:
+        assert list(result["parts"]) == ["inference, batch 1", "train, batch 2"]
+        for of_part in result["parts"].values():
+            assert list(of_part) == benchmark_gpu.MODELS
+            assert all(min(measured["seconds"]) > 0 for measured in of_part.values())
+
+
+def test_gpu_table_has_the_ratios_of_the_goals():
+    row = {
+        "operator": "GroupNorm + ReLU",
+        "shape": [1, 64, 400, 672],
+        "precision": "float16",
+        "bytes": 60e6,
+        "forward": {"triton": 0.05, "torch": 0.4, "channels-last": 0.5, "auto": 0.05},
+        "forward and backward": {"triton": 0.2, "torch": 0.5, "auto": 0.25},
+        "error": [1e-3, 2e-3],
+    }
+    part = "train, batch 2"
+
+    def model(seconds, gpu_seconds, gib):
+        memory = gib * 2**30
+        return {"seconds": seconds, "gpu_seconds": gpu_seconds, "memory_bytes": memory}
+
+    exact = {"GN+WS": model([0.3, 0.2, 0.4], 0.15, 4), "FrozenBN": model([0.25], 0.1, 2)}
+    half = {"GN+WS": model([0.1], 0.05, 2), "FrozenBN": model([0.125], 0.1, 2)}
+    text = benchmark.format_gpu(
+        {
+            "operators": {"rows": [row], "copy_bandwidth": 2e12, "choices": ""},
+            "float32": {"parts": {part: exact}, "choices": ""},
+            "float16": {"parts": {part: half}, "choices": "all"},
+        }
+    )
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    # 60 MB in 50 us is 1.2 TB/s.
+    assert [
+        "GroupNorm + ReLU 1 x 64 x 400 x 672, float16", "50.0", "400.0", "8.00x", "10.00x", "60%",
+        "2.50x", "2.00x", "2e-03",
+    ] in rows  # fmt: skip
+    assert [
+        part, "GN+WS", "float32", "300.0", "200.0", "150.0", "0.800x", "1.500x", "1.000x", "1.000x",
+        "4.00", "1.00x",
+    ] in rows  # fmt: skip
+    assert [
+        part, "GN+WS", "float16", "100.0", "100.0", "50.0", "0.800x", "0.500x", "0.500x", "0.333x",
+        "2.00", "0.50x",
+    ] in rows  # fmt: skip
+    assert "Copy bandwidth: 2.00 TB/s." in text and text.endswith("float16: all")
+
+
+def test_gpu_benchmark_has_the_shapes_of_the_model():
+    cfg = load_config("mask_rcnn_R50_gnws_2x", ["MODEL.DEVICE", "cpu"])
+    backbone, shapes = build_backbone(cfg), set()
+    for module in backbone.modules():
+        if isinstance(module, GroupNorm):
+            module.register_forward_pre_hook(lambda _, inputs: shapes.add(tuple(inputs[0].shape)))
+    with torch.no_grad():
+        backbone(torch.zeros(1, 3, 64, 96))
+    of_heads = {(1000, 256, 7, 7), (100, 256, 14, 14)}
+    assert shapes | of_heads == set(benchmark_gpu.model_shapes(1, 60, 90))
 
 
 @pytest.mark.parametrize(
