@@ -27,9 +27,9 @@ from gnws_d2.layers import WSConv2d, group_norm, standardize_weight
 from gnws_d2.layers.kernels import choice
 from gnws_d2.layers.weight_standardization import standardize_weight_reference
 from gnws_d2.utils.errors import exit_on_user_error
+from gnws_tools.benchmark import PRECISIONS
 from gnws_tools.benchmark_variants import prepare_model
 
-PRECISIONS = ["float32", "float16", "bfloat16"]
 MODELS = ["GN+WS", "GN", "FrozenBN"]
 PARTS = [("inference", 1), ("inference", 8), ("train", 2), ("train", 8)]  # with the batch size
 Step = Callable[[], Any]

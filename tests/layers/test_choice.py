@@ -222,6 +222,13 @@ def test_candidates_are_timed_in_turns_and_one_that_fails_is_out(monkeypatch, ca
     assert "for 1 shapes: fast for 1" in sentence
 
 
+def test_nothing_is_decided_where_all_candidates_fail(caplog):
+    """As when memory runs out: the caller gets the error of the operator itself."""
+    candidates = {"triton": lambda: failing(None), "torch": lambda: failing(None)}
+    assert choice.fastest("key", candidates, CPU) == "triton"
+    assert choice.summarize() == "" and len(caplog.records) == 2
+
+
 @pytest.mark.parametrize("seconds, winner", [(0.95, "triton"), (0.85, "torch")])
 def test_tie_goes_to_the_first_candidate(times, seconds, winner):
     times.seconds["torch"] = seconds

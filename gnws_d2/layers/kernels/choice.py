@@ -118,10 +118,13 @@ def fastest(
     """
     choice = _choices.get(key)
     if choice is None:
+        first = next(iter(candidates))
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return next(iter(candidates))  # nothing can be timed in a CUDA graph
+            return first  # nothing can be timed in a CUDA graph
         seconds = _run_apart(functools.partial(_time_all, candidates, device), device, None)
-        first, winner = next(iter(candidates)), min(seconds, key=seconds.__getitem__)
+        if not seconds:
+            return first  # which raises its own error, such as OutOfMemoryError
+        winner = min(seconds, key=seconds.__getitem__)
         if seconds[winner] > _MARGIN * seconds.get(first, float("inf")):
             winner = first
         choice = _choices[key] = Choice(winner, seconds)
