@@ -1,32 +1,51 @@
 """The set-up says exactly what is wrong, and leaves an installed Detectron2 alone."""
 
+import importlib.metadata
 import os
 import shutil
+import socket
 import subprocess
+import sys
 import sysconfig
+import tarfile
+import time
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+# Nothing listens there.
+CLOSED = "http://127.0.0.1:9"
+# Stands for uv: it makes environments, and writes down what it is asked to install.
+FAKE_UV = """#!/usr/bin/env bash
+[ "$1" != venv ] || exec {python} -m venv --without-pip .venv
+echo "$*" >> {log}
+echo "$UV_DEFAULT_INDEX" >> {log}
+[ ! -f {error} ] || {{ cat {error} >&2; exit 1; }}
+"""
+
 
 @pytest.fixture
 def setup_env(tmp_path):
-    (tmp_path / "tools").mkdir()
-    for name in ("tools/setup_env.sh", "requirements.txt", "setup.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / "gnws_d2").symlink_to(ROOT / "gnws_d2")
+    checkout = tmp_path / "checkout"
+    (checkout / "tools").mkdir(parents=True)
+    names = ("tools/setup_env.sh", "tools/detectron2_wheel.py")
+    for name in (*names, "requirements.txt", "setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, checkout / name)
+    (checkout / "gnws_d2").symlink_to(ROOT / "gnws_d2")
 
-    def run(**environ):
+    def run(*extras, **environ):
         return subprocess.run(
-            ["bash", "tools/setup_env.sh"],
-            cwd=tmp_path,
+            ["bash", "tools/setup_env.sh", *extras],
+            cwd=checkout,
             env={**os.environ, **environ},
             capture_output=True,
             text=True,
         )
 
+    run.checkout = checkout
     return run
 
 
@@ -37,28 +56,86 @@ def bare_python(tmp_path):
     return str(tmp_path / "bare" / "bin" / "python")
 
 
-@pytest.mark.parametrize(
-    "source, message",
-    [
-        ("git+file:///no/such/detectron2.git", "cannot be fetched from file:///no/such/detectron2"),
-        ("git+file:///no/such/detectron2.git@02b5c4e", "from file:///no/such/detectron2.git: set"),
-        ("/no/such/checkout", "DETECTRON2=/no/such/checkout does not exist"),
-    ],
-)
-def test_source_out_of_reach_is_named(setup_env, bare_python, source, message):
-    run = setup_env(PYTHON=bare_python, DETECTRON2=source)
-    assert run.returncode == 2
-    assert message in run.stderr and run.stdout == ""
-
-
-def test_missing_compiler_is_named(setup_env, bare_python, tmp_path):
-    run = setup_env(PYTHON=bare_python, DETECTRON2=str(tmp_path), CXX="no-such-compiler")
-    assert run.returncode == 2 and "no C++ compiler" in run.stderr
+@pytest.fixture
+def fake_uv(tmp_path, bare_python):
+    """A directory for PATH with a uv that only writes down its arguments, and the files it uses."""
+    (tmp_path / "uv").mkdir()
+    log, error = tmp_path / "uv" / "log", tmp_path / "uv" / "error"
+    script = tmp_path / "uv" / "uv"
+    script.write_text(FAKE_UV.format(python=bare_python, log=log, error=error))
+    script.chmod(0o755)
+    (tmp_path / "detectron2-0.6-py3-none-any.whl").touch()
+    environ = {
+        "PATH": f"{script.parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHON": bare_python,
+        "DETECTRON2": str(tmp_path / "detectron2-0.6-py3-none-any.whl"),
+    }
+    return environ, log, error
 
 
 def test_unsuitable_python_is_named(setup_env):
     run = setup_env(PYTHON="no-such-python")
     assert run.returncode == 2 and "'no-such-python' is not Python 3.10 or later" in run.stderr
+
+
+def test_python_without_venv_is_named(setup_env, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$2" != venv ] || exit 1\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    # A PATH without uv.
+    path = [d for d in os.environ["PATH"].split(os.pathsep) if not Path(d, "uv").exists()]
+    run = setup_env(PYTHON=str(python), PATH=os.pathsep.join(path))
+    assert run.returncode == 2 and "it needs its module venv (on Debian and Ubuntu" in run.stderr
+    assert not (setup_env.checkout / ".venv").exists()
+
+
+def test_uv_installs_the_tested_versions_with_the_wanted_build_of_pytorch_and_index(
+    setup_env, fake_uv
+):
+    environ, log, _ = fake_uv
+    run = setup_env("dev", **environ, TORCH_BACKEND="cpu", PIP_INDEX_URL="https://mirror/simple")
+    assert run.returncode == 0, run.stderr
+    python = setup_env.checkout / ".venv" / "bin" / "python"
+    assert run.stdout == f"{python}\n"
+    *_, command, index = log.read_text().splitlines()
+    assert command.startswith(f"pip install --python {python} --torch-backend cpu -c ")
+    assert command.endswith(f"{environ['DETECTRON2']} -e .[dev]")
+    assert index == "https://mirror/simple"
+
+
+def test_second_set_up_installs_nothing_unless_versions_or_extras_changed(setup_env, fake_uv):
+    environ, log, _ = fake_uv
+
+    def installed(*extras):
+        log.write_text("")
+        run = setup_env(*extras, **environ)
+        assert run.returncode == 0 and run.stdout.endswith(".venv/bin/python\n"), run.stderr
+        return bool(log.read_text())
+
+    assert installed("dev") and not installed("dev") and installed()
+    with open(setup_env.checkout / "requirements.txt", "a") as f:
+        f.write("another==1.0\n")
+    assert installed("dev") and not installed("dev")
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        ("failed to write: No space left on device (os error 28)", "the disk is full"),
+        (
+            "error sending request for url (https://x/simple/)",
+            "the package index cannot be reached",
+        ),
+        ("something else", "the installation failed; the reason is above"),
+    ],
+)
+def test_failed_installation_is_one_sentence(setup_env, fake_uv, error, message):
+    environ, _, file = fake_uv
+    file.write_text(error)
+    run = setup_env(**environ)
+    assert run.returncode == 2 and run.stdout == ""
+    assert error in run.stderr
+    assert f"setup_env.sh: error: {message}" in run.stderr.splitlines()[-1]
 
 
 @pytest.mark.ci
@@ -72,6 +149,149 @@ def test_installed_detectron2_is_used(setup_env, tmp_path):
     run = setup_env(PYTHON=python, DETECTRON2="/no/such/checkout")
     assert run.returncode == 0, run.stderr
     assert run.stdout == f"{python}\n"
-    assert not (tmp_path / ".venv").exists()
+    version = importlib.metadata.version("detectron2")
+    assert f"Detectron2 is version {version}, which {python} has already." in run.stderr
+    assert not (setup_env.checkout / ".venv").exists()
     assert not list(Path(site_packages).glob("detectron2*"))
     assert list(Path(site_packages).glob("*gnws_d2*"))
+
+
+# The wheel of Detectron2.
+
+
+def build_wheel(directory, requirements=None, **environ):
+    """Run the script, with GitHub out of reach unless `requirements` name another address."""
+    if requirements is None:
+        requirements = directory / "requirements.txt"
+        requirements.write_text(f"detectron2 @ git+{CLOSED}/detectron2.git@02b5c4e\n")
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "detectron2_wheel.py"), requirements, directory],
+        env={**{k: v for k, v in os.environ.items() if k != "DETECTRON2"}, **environ},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def detectron2_checkout(tmp_path):
+    """The least that Detectron2's source has, compiled in place."""
+    checkout = tmp_path / "detectron2"
+    files = {
+        "detectron2/__init__.py": '__version__ = "0.6"\n',
+        "detectron2/_C.cpython-311-x86_64-linux-gnu.so": "",
+        "detectron2/layers/__init__.py": "",
+        "detectron2/layers/csrc/vision.cpp": "",
+        "detectron2/model_zoo/__init__.py": "",
+        "configs/COCO-Detection/retinanet.yaml": "{}",
+        "configs/common/train.py": "",
+        "projects/TridentNet/train_net.py": "",
+        "setup.py": "import torch\nsetup(install_requires=['black==21.4b2', 'yacs>=0.1.8'])\n",
+    }
+    for name, text in files.items():
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text(text)
+    return checkout
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_wheel_has_the_python_files_and_configs_alone(detectron2_checkout, tmp_path, archived):
+    source = detectron2_checkout
+    if archived:
+        source = tmp_path / "detectron2.tar.gz"
+        with tarfile.open(source, "w:gz") as tar:
+            tar.add(detectron2_checkout, "detectron2-02b5c4e")
+    run = build_wheel(tmp_path, DETECTRON2=str(source))
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == f"Detectron2 is {source}; not compiled.\n"
+    wheel = Path(run.stdout.strip())
+    assert wheel == tmp_path / "detectron2-0.6-py3-none-any.whl"
+    info = "detectron2-0.6.dist-info"
+    with zipfile.ZipFile(wheel) as file:
+        assert set(file.namelist()) == {
+            "detectron2/__init__.py",
+            "detectron2/layers/__init__.py",
+            "detectron2/model_zoo/__init__.py",
+            "detectron2/model_zoo/configs/COCO-Detection/retinanet.yaml",
+            "detectron2/model_zoo/configs/common/train.py",
+            *(f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "top_level.txt")),
+        }
+        file.extractall(tmp_path / "site")
+    metadata = importlib.metadata.Distribution.at(tmp_path / "site" / info)
+    assert (metadata.metadata["Name"], metadata.version) == ("detectron2", "0.6")
+    assert metadata.requires == ["black", "yacs>=0.1.8"]
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("git+file:///no/such/detectron2.git", "file:///no/such/detectron2.git cannot be cloned"),
+        ("git+file:///no/such.git@02b5c4e", "file:///no/such.git cannot be cloned"),
+        ("/no/such/checkout", "/no/such/checkout is not a checkout of Detectron2"),
+        ("configs", "configs is not a checkout of Detectron2"),
+        ("README.md", "README.md is not an archive of Detectron2"),
+    ],
+)
+def test_source_that_cannot_be_used_is_named(tmp_path, monkeypatch, source, message):
+    monkeypatch.chdir(ROOT)
+    run = build_wheel(tmp_path, DETECTRON2=source)
+    assert run.returncode != 0 and run.stdout == ""
+    assert run.stderr.startswith(f"Detectron2 cannot be installed: {message}"), run.stderr
+
+
+def test_servers_out_of_reach_are_noticed_within_ten_seconds(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and never answers
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        requirements = tmp_path / "requirements.txt"
+        requirements.write_text(f"detectron2 @ git+{url}/detectron2.git@02b5c4e\n")
+        start = time.monotonic()
+        environ = {"UV_DEFAULT_INDEX": f"{CLOSED}/simple", "UV_HTTP_RETRIES": "0"}
+        run = build_wheel(tmp_path, requirements, **environ)
+        assert time.monotonic() - start < 10
+    assert run.returncode != 0 and run.stdout == ""
+    assert "or cannot be reached. Set DETECTRON2" in run.stderr
+
+
+def test_release_with_other_content_is_refused(tmp_path, server):
+    name = "pb1-detectron2-0.6.tar.gz"
+    server.files["simple/pb1-detectron2"] = f'<a href="/{name}">{name}</a>'.encode()
+    server.files[name] = b"another file"
+    run = build_wheel(tmp_path, UV_DEFAULT_INDEX=f"{server.url}/simple", UV_NO_CACHE="1")
+    assert run.returncode != 0 and run.stdout == ""
+    assert "has another SHA-256 than 5d2e9e51e523" in run.stderr
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("pinned", [True, False])
+def test_wheel_of_detectron2(tmp_path, pinned):
+    """From GitHub, if it can be reached, and from the package index."""
+    run = build_wheel(tmp_path, ROOT / "requirements.txt" if pinned else None)
+    assert run.returncode == 0, run.stderr
+    wheel = Path(run.stdout.strip())
+    release = "Detectron2 is the release v0.6 of the package index, as http" in run.stderr
+    assert release or (
+        pinned and "Detectron2 is commit 02b5c4e of https://github.com" in run.stderr
+    )
+    version = "0.6" if release else "0.6+02b5c4e"
+    assert wheel.name == f"detectron2-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+        file.extractall(tmp_path / "site")
+    assert {name.rpartition(".")[2] for name in names if ".dist-info" not in name} == {"py", "yaml"}
+    modules = [name for name in names if name.startswith("detectron2/") and name.endswith(".py")]
+    assert len(modules) > 150
+    configs = "detectron2/model_zoo/configs"
+    for name in ("Base-RCNN-FPN.yaml", "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml"):
+        assert f"{configs}/{name}" in names
+    assert f"{configs}/common/train.py" in names
+    assert ("detectron2/_C.py" in names) == release
+    # As it is installed, and only the packages of this environment beside it.
+    code = "import importlib.metadata as m, detectron2.engine, detectron2.model_zoo as z\n"
+    code += "z.get_config_file('Base-RCNN-C4.yaml'); import detectron2.export\n"
+    code += "print(m.version('detectron2'), detectron2.__file__)"
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [version, str(tmp_path / "site/detectron2/__init__.py")], (
+        done.stderr
+    )

@@ -3,9 +3,11 @@
 # the Python in use already has Detectron2, that Python as it is, with only what is missing.
 # The argument names the extras of setup.py to install (default: report).
 #
-#   PYTHON=python3.11   the Python to start from (default: python3)
-#   DETECTRON2=SOURCE   where to get Detectron2 instead of GitHub: a local checkout, a wheel or
-#                       git+https://MIRROR/detectron2.git
+#   PYTHON=python3.11    the Python to start from (default: python3)
+#   DETECTRON2=SOURCE    where to get Detectron2 from: a checkout, an archive, a wheel or
+#                        git+https://MIRROR/detectron2.git (default: see tools/detectron2_wheel.py)
+#   TORCH_BACKEND=cpu    the build of PyTorch, for uv's --torch-backend: cpu, cu128, auto, ...
+#                        (default: that of the package index)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 exec 3>&1 1>&2 # stdout is for the one line at the end
@@ -18,40 +20,89 @@ fail() {
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     fail "'$python' is not Python 3.10 or later: set PYTHON to one that is, as in PYTHON=python3.11."
-has_detectron2() { "$1" -c 'import importlib.metadata as m; m.version("detectron2")' 2>/dev/null; }
+detectron2_version() {
+    "$1" -c 'import importlib.metadata as m; print(m.version("detectron2"))' 2>/dev/null
+}
 
-versions=/dev/null # a Detectron2 that is installed was built against its torch: replace neither
-if ! has_detectron2 "$python"; then
-    [ -x .venv/bin/python ] || "$python" -m venv .venv || fail "'$python -m venv .venv' failed."
-    python=$PWD/.venv/bin/python
-    versions=$(mktemp)
-    trap 'rm -f "$versions"' EXIT
+# What is set up already need not be looked at again.
+extras=${1:-report}
+done=.venv/.set_up/$extras
+state=$(cat setup.py requirements.txt | cksum)
+own=$(detectron2_version "$python" || true) # of the user's own environment, which is used as it is
+[ "$("$python" -c 'import sys; print(sys.prefix)')" != "$PWD/.venv" ] || own= # activated
+if [ -z "$own" ] && [ "$(cat "$done" 2>/dev/null)" = "$state" ]; then
+    echo "$PWD/.venv/bin/python" >&3
+    exit
+fi
+
+# End with the reason of an installation that failed, which is in $log.
+explain() {
+    cat "$log"
+    if grep -qiE 'no space left|disk quota' "$log"; then
+        fail "the disk is full: the environment takes 6 GB."
+    elif grep -qiE 'connect|error sending request|timed out' "$log"; then
+        fail "the package index cannot be reached: check the network, or set PIP_INDEX_URL to the" \
+            "address of a mirror."
+    fi
+    fail "the installation failed; the reason is above."
+}
+
+temporary=$(mktemp -d)
+log=$temporary/log
+trap 'rm -rf "$temporary"' EXIT
+# uv does not read pip's settings, where mirrors and their certificates are often kept.
+index=${PIP_INDEX_URL:-$("$python" -m pip config get global.index-url 2>/dev/null || true)}
+[ -n "${UV_INDEX_URL:-}${UV_DEFAULT_INDEX:-}" ] || [ -z "$index" ] || export UV_DEFAULT_INDEX=$index
+[ -z "${PIP_CERT:-}" ] || export SSL_CERT_FILE=${SSL_CERT_FILE:-$PIP_CERT}
+versions=$temporary/versions.txt
+uv=$(command -v uv || true)
+if [ -n "$own" ]; then
+    version=$own
+    # It was built against its PyTorch: replace neither.
+    : >"$versions"
+    # uv sees the packages of the environment itself, pip also those of other directories.
+    { [ -n "$uv" ] && "$uv" pip show -q --python "$python" detectron2 2>/dev/null; } || uv=
+else
     grep -v '^detectron2' requirements.txt >"$versions"
+    if [ ! -x .venv/bin/python ]; then
+        if [ -n "$uv" ]; then
+            "$uv" venv -q --seed --python "$(command -v "$python")" .venv
+        else
+            "$python" -m venv .venv
+        fi || {
+            rm -rf .venv
+            fail "'$python' cannot make a virtual environment: it needs its module venv (on Debian" \
+                "and Ubuntu, apt-get install python3-venv) or uv."
+        }
+    fi
+    python=$PWD/.venv/bin/python
+    uv=${uv:-$PWD/.venv/bin/uv}
+    [ -x "$uv" ] || "$python" -m pip install -q --disable-pip-version-check uv 2>"$log" || explain
+    version=$(detectron2_version "$python" || true)
 fi
-install() { "$python" -m pip install --disable-pip-version-check -c "$versions" "$@"; }
 
-if ! has_detectron2 "$python"; then
-    source=${DETECTRON2:-$(grep '^detectron2' requirements.txt)}
-    case $source in
-    *git+*)
-        url=${source#*git+}
-        [[ $url =~ ^(.*)@[0-9a-f]+$ ]] && url=${BASH_REMATCH[1]}
-        GIT_TERMINAL_PROMPT=0 git ls-remote "$url" HEAD >/dev/null ||
-            fail "Detectron2 cannot be fetched from $url: set DETECTRON2 to another source (a local" \
-                "checkout, a wheel, git+https://MIRROR/detectron2.git) and run this again."
-        ;;
-    *)
-        [ -e "$source" ] || fail "DETECTRON2=$source does not exist."
-        ;;
-    esac
-    [[ $source == *.whl ]] || command -v "${CXX:-c++}" >/dev/null ||
-        fail "Detectron2 compiles C++ code, and there is no C++ compiler: install one (on Debian and" \
-            "Ubuntu, apt-get install g++) and run this again."
-    install -q setuptools wheel ninja torch torchvision ||
-        fail "PyTorch could not be installed; pip says why above."
-    install -q --no-build-isolation "$source" ||
-        fail "Detectron2 could not be built from $source; pip says why above."
+run_uv_or_pip() {
+    if [ -n "$uv" ]; then
+        "$uv" pip install --python "$python" ${TORCH_BACKEND:+--torch-backend "$TORCH_BACKEND"} \
+            -c "$versions" "$@"
+    else
+        "$python" -m pip install --disable-pip-version-check -c "$versions" "$@"
+    fi
+}
+install() {
+    # The first try shows its progress on a terminal; what the second says can be read here.
+    run_uv_or_pip "$@" && return
+    echo "Trying once more ..."
+    run_uv_or_pip "$@" 2>"$log" || explain
+}
+
+wheel=
+if [ -n "$version" ]; then
+    echo "Detectron2 is version $version, which $python has already."
+else
+    install -q setuptools
+    wheel=$("$python" tools/detectron2_wheel.py requirements.txt "$temporary") || exit 2
 fi
-install -q --no-build-isolation -e ".[${1:-report}]" ||
-    fail "gnws_d2 could not be installed; pip says why above."
+install --no-build-isolation ${wheel:+"$wheel"} -e ".[$extras]"
+[ -n "$own" ] || { mkdir -p .venv/.set_up && echo "$state" >"$done"; }
 echo "$python" >&3
