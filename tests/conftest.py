@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, settings
 from server import Server
 
 from gnws_d2 import model_zoo
+from gnws_d2.utils.compat import LAUNCHES_ON_CPU
 
 settings.register_profile("short", max_examples=150, derandomize=True, deadline=None, database=None)
 settings.register_profile(
@@ -33,6 +34,14 @@ settings.load_profile("short")
 
 # Handlers that a test has set up write to its captured stdout, which is closed after it.
 logging.raiseExceptions = False
+
+# Detectron2 v0.6 launches several processes on GPUs only.
+launches_on_cpu = pytest.mark.skipif(
+    not LAUNCHES_ON_CPU, reason="needs a Detectron2 after v0.6, which launches processes on a CPU"
+)
+retinanet_with_gn = pytest.mark.skipif(
+    not LAUNCHES_ON_CPU, reason="needs a Detectron2 after v0.6, whose RetinaNetHead takes GN"
+)
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "tests" / "assets"

@@ -16,6 +16,7 @@ from detectron2.utils.file_io import PathManager
 from ..checkpoint.checkpointer import find_checkpoint
 from ..config import check_choice
 from ..data import check_datasets
+from ..utils.compat import LAUNCHES_ON_CPU, detectron2_version
 from ..utils.errors import UserError
 
 
@@ -28,6 +29,7 @@ def check_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     check_choice("INPUT.ON_BAD_IMAGE", cfg.INPUT.ON_BAD_IMAGE, ("stop", "skip"))
     check_choice("SOLVER.ON_NON_FINITE", cfg.SOLVER.ON_NON_FINITE, ("stop", "skip"))
     _check_workers(cfg, args)
+    _check_launcher(cfg, args)
     if cfg.WANDB.PROJECT and not args.eval_only and importlib.util.find_spec("wandb") is None:
         raise UserError(
             f"WANDB.PROJECT is {cfg.WANDB.PROJECT}, but Weights & Biases is not installed: "
@@ -130,6 +132,17 @@ def _check_workers(cfg: CfgNode, args: argparse.Namespace) -> None:
             f"SOLVER.ACCUMULATE_STEPS {steps} does not divide the {batch_size // num_workers} "
             "images of a worker (SOLVER.IMS_PER_BATCH divided by the number of workers)."
         )
+
+
+def _check_launcher(cfg: CfgNode, args: argparse.Namespace) -> None:
+    alone = args.num_gpus * args.num_machines == 1
+    if alone or dist.is_torchelastic_launched() or cfg.MODEL.DEVICE != "cpu" or LAUNCHES_ON_CPU:
+        return
+    raise UserError(
+        f"--num-gpus {args.num_gpus} with MODEL.DEVICE cpu: Detectron2 {detectron2_version()} "
+        f"launches several processes on GPUs only. Start them by torchrun --nproc-per-node "
+        f"{args.num_gpus} train_net.py ..., without --num-gpus."
+    )
 
 
 def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:

@@ -212,7 +212,12 @@ class Trainer(DefaultTrainer):
         # After the last one Detectron2 counts one more, while the best checkpoint may be written.
         iteration = min(self.iter, self.max_iter - 1)
         data_loader = self.data_loader.state_dict(iteration + 1)
-        return {**super().state_dict(), "iteration": iteration, "data_loader": data_loader}
+        return {
+            **super().state_dict(),
+            "_trainer": self._trainer.state_dict(),  # which Detectron2 v0.6 leaves out
+            "iteration": iteration,
+            "data_loader": data_loader,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
@@ -221,7 +226,9 @@ class Trainer(DefaultTrainer):
         and the learning rate is that of now, as at the start of a run (``SOLVER.BASE_LR``).
         """
         base_lrs = list(self.scheduler.base_lrs)
-        super().load_state_dict(state_dict)
+        TrainerBase.load_state_dict(self, state_dict)
+        if "_trainer" in state_dict:
+            self._trainer.load_state_dict(state_dict["_trainer"])
         if "data_loader" not in state_dict:  # of stock Detectron2
             return
         start_iter = self.data_loader.load_state_dict(state_dict["data_loader"])

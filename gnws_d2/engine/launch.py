@@ -17,7 +17,6 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import detectron2
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
@@ -26,6 +25,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..config import flatten_config
 from ..layers.kernels import choice
+from ..utils.compat import create_local_process_group, detectron2_version
 from ..utils.errors import RunError, UserError
 
 _PACKAGE = Path(__file__).parent.parent
@@ -39,7 +39,7 @@ def join_torchrun(cfg: CfgNode, args: argparse.Namespace) -> None:
     dist.init_process_group(
         "nccl" if cuda else "gloo", timeout=timedelta(seconds=cfg.DISTRIBUTED.TIMEOUT)
     )
-    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     args.resume = any(comm.all_gather(args.resume))
 
 
@@ -168,7 +168,7 @@ def check_ranks_agree(cfg: CfgNode, args: argparse.Namespace) -> None:
         "--eval-only": args.eval_only,
         "--resume": args.resume,
         "torch": torch.__version__,
-        "detectron2": detectron2.__version__,
+        "detectron2": detectron2_version(),
         "the source code of gnws_d2": digest.hexdigest()[:12],
     }
     first, *others = comm.all_gather(facts)

@@ -16,11 +16,12 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from ..utils.compat import detectron2_version
 from ..utils.files import atomic_write
 from .hooks import EarlyStop
 from .recipe import Choice
 
-_PACKAGES = ("torch", "torchvision", "detectron2", "gnws_d2", "numpy", "opencv-python", "triton")
+_PACKAGES = ("torch", "torchvision", "gnws_d2", "numpy", "opencv-python", "triton")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -29,7 +30,7 @@ def describe_machine() -> dict[str, Any]:
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
         names = (line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
         cpu = next(names, cpu)
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "detectron2": detectron2_version()}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)

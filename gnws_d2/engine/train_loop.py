@@ -56,15 +56,15 @@ class FiniteTrainer(AMPTrainer):
         model, *_ = args
         self._device = next(model.parameters()).device
         scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "float16")
-        dtype = getattr(torch, precision or "float32")
-        super().__init__(*args, grad_scaler=scaler, precision=dtype)
+        super().__init__(*args, grad_scaler=scaler)
+        self.precision = getattr(torch, precision or "float32")
         self.accumulate_steps = accumulate_steps
         self.skip, self.last_checkpoint = skip, last_checkpoint
         self.num_skipped = 0
         self.num_skipped_in_a_row = 0
         self.received_signal = self.stop_signal = 0
         self._files: list[str] = []
-        self._data_loader_iter_obj = self._remember_files()
+        self._batches = self._remember_files()
 
     def _remember_files(self) -> Iterator[list[dict[str, Any]]]:
         for batch in self.data_loader:
@@ -88,7 +88,7 @@ class FiniteTrainer(AMPTrainer):
         # As in AMPTrainer, which makes one pass and requires a GPU.
         assert self.model.training, "model was changed to eval mode!"
         start = time.perf_counter()
-        batch = next(self._data_loader_iter)
+        batch = next(self._batches)
         data_time = time.perf_counter() - start
         self.optimizer.zero_grad()
         size = len(batch) // self.accumulate_steps

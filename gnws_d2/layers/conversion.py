@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from detectron2.layers import Conv2d, CycleBatchNormList, FrozenBatchNorm2d
-from detectron2.layers.batch_norm import LayerNorm
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from torch import nn
 
+from ..utils.compat import LayerNorm
 from .blocks import GNWSBasicBlock, GNWSBasicStem, GNWSBottleneckBlock
 from .group_norm import GNConv2d, GroupNorm
 from .weight_standardization import WSConv2d, standardize_weight_reference

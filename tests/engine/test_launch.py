@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, processes_of_test, wait_for
+from conftest import ROOT, launches_on_cpu, processes_of_test, wait_for
 from detectron2.utils import comm
 from torch import distributed as dist
 
@@ -22,6 +22,7 @@ from gnws_d2.config import load_config
 from gnws_d2.engine import get_config, lock_output_dir
 from gnws_d2.engine.launch import agree_on_kernels, leave_process_group
 from gnws_d2.layers.kernels import choice
+from gnws_d2.utils.compat import LAUNCHES_ON_CPU, create_local_process_group
 from gnws_d2.utils.errors import UserError
 
 QUICK_START = ["--config-file", str(ROOT / "configs" / "quick_start.yaml")]
@@ -64,6 +65,12 @@ train_net.main = main
 if __name__ == "__main__":
     train_net.invoke_main()
 """
+
+
+LAUNCHERS = [
+    pytest.param("launcher", marks=launches_on_cpu),
+    pytest.param("torchrun", marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture
@@ -116,7 +123,7 @@ def assert_none_left():
         ("die", "Process 1 was killed by SIGKILL, as the system does when memory runs out."),
     ],
 )
-@pytest.mark.parametrize("launcher", ["launcher", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_first_error_ends_all_processes_and_is_told_alone(job, tmp_path, launcher, what, message):
     run = job(what, launcher=launcher)
     wait_for((tmp_path / "started 1").exists)
@@ -136,6 +143,7 @@ def test_first_error_ends_all_processes_and_is_told_alone(job, tmp_path, launche
         assert what == "raise" or len(lines) == 1, stderr
 
 
+@launches_on_cpu
 @pytest.mark.parametrize(
     "signum, status",
     [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.ci)],
@@ -156,6 +164,7 @@ def test_signal_reaches_all_processes_and_waits_for_their_checkpoints(
     assert_none_left()
 
 
+@launches_on_cpu
 @pytest.mark.ci
 def test_sigterm_before_training_ends_all_processes(job, tmp_path):
     run = job("without a handler")
@@ -188,7 +197,7 @@ def test_torchrun_restarts_with_resume(job, tmp_path):
         assert (tmp_path / f"resume True {rank}").exists()
 
 
-@pytest.mark.parametrize("launcher", ["launcher", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_processes_end_with_their_launcher(job, tmp_path, launcher):
     """Also one that ignores SIGINT, as under `nohup`."""
     ignoring = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]
@@ -199,6 +208,7 @@ def test_processes_end_with_their_launcher(job, tmp_path, launcher):
     assert_none_left()
 
 
+@launches_on_cpu
 @pytest.mark.ci
 def test_ranks_that_differ_are_told(job, tmp_path):
     with socket.socket() as probe:
@@ -263,13 +273,21 @@ def test_options_that_contradict_torchrun_are_named(fails, monkeypatch):
     assert "needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in fails(*options)
 
 
+def test_launcher_without_cpus_names_torchrun(fails, monkeypatch):
+    """That of Detectron2 v0.6."""
+    monkeypatch.setattr("gnws_d2.engine.checks.LAUNCHES_ON_CPU", False)
+    error = fails("--num-gpus", "2")
+    assert "Detectron2 0.6" in error and "torchrun --nproc-per-node 2 train_net.py" in error
+
+
 @pytest.fixture
 def process_group(tmp_path):
     """This process alone, as Detectron2's launcher sets it up."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    comm.create_local_process_group(1)
+    create_local_process_group(1)
     yield
-    comm.create_local_process_group.cache_clear()
+    if LAUNCHES_ON_CPU:
+        comm.create_local_process_group.cache_clear()
 
 
 def test_no_thread_of_gloo_is_left_at_exit(process_group):

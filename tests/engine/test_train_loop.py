@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import launches_on_cpu
 from detectron2.layers import batched_nms
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
@@ -245,6 +246,7 @@ if __name__ == "__main__":
 """
 
 
+@launches_on_cpu
 def test_processes_stop_and_skip_together_and_all_know_of_a_signal(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     run = subprocess.run(

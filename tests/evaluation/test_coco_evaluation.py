@@ -117,7 +117,7 @@ def test_dataset_without_a_file_is_evaluated_as_by_detectron2(shapes_root, tmp_p
     results = []
     for evaluator_class, keys in (
         (COCOEvaluator, {}),
-        (Detectron2sEvaluator, {"use_fast_impl": False, "allow_cached_coco": False}),
+        (Detectron2sEvaluator, {"use_fast_impl": False}),
     ):
         rng, output_dir = np.random.RandomState(0), str(tmp_path / evaluator_class.__module__)
         evaluator = evaluator_class("of_a_function", ("bbox",), output_dir=output_dir, **keys)

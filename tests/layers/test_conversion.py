@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from conftest import retinanet_with_gn
 from detectron2.layers import Conv2d, DeformConv, ShapeSpec, get_norm
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
@@ -46,6 +47,7 @@ def test_convert_warns_where_there_is_nothing_to_convert(caplog):
     assert '"GN" in the NORM keys' in caplog.text
 
 
+@retinanet_with_gn
 def test_convert_reaches_the_convolutions_of_retinanets_head():
     """They are plain nn.Conv2d followed by a norm in an nn.Sequential."""
     torch.manual_seed(0)

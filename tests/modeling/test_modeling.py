@@ -3,7 +3,7 @@ import copy
 import cv2
 import pytest
 import torch
-from conftest import mmdet_state
+from conftest import mmdet_state, retinanet_with_gn
 from detectron2 import model_zoo as d2_model_zoo
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone, build_model
@@ -278,7 +278,7 @@ def test_training_step_equals_plain_group_norm_with_standardized_weights():
 @pytest.mark.parametrize(
     "config_file",
     [
-        "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+        pytest.param("COCO-Detection/retinanet_R_50_FPN_1x.yaml", marks=retinanet_with_gn),
         "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml",
         *(
             pytest.param(name, marks=pytest.mark.ci)
