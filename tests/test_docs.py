@@ -32,8 +32,7 @@ FINETUNE = (
 # These start Python themselves; the others are forked from one with Detectron2 (tests/warm.py).
 STARTS_PROCESSES = ("--num-gpus 2", "tools/benchmark.py")
 # Run by tests/tools.
-OWN_TESTS = ("python tools/benchmark.py scale", "python tools/benchmark.py gpu")
-OWN_TESTS += ("python tools/kernel_resources.py",)
+OWN_TESTS = ("python tools/benchmark.py gpu",)
 ON_CPUS = {"--num-gpus 8": "--num-gpus 2", "--nproc-per-node 8": "--nproc-per-node 2"}
 # One machine alone; two of --num-machines run at the same time.
 ON_ONE_MACHINE = {"--nnodes 2": "--nnodes 1", "HOST0:29500": "127.0.0.1:{port}"}

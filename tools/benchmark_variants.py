@@ -1,14 +1,15 @@
 """What a process of ``tools/benchmark.py`` measures: one variant."""
 
 import argparse
+import gc
 import json
 import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import gnws_tools  # noqa: F401  (before Detectron2, whose warnings it filters)
 
@@ -43,8 +44,19 @@ from gnws_d2.layers.weight_standardization import standardize_weight_reference
 from gnws_d2.utils.errors import UserError, exit_on_user_error
 from gnws_d2.utils.process import keep_freed_memory
 
-# What is timed, by name.
-Parts = dict[str, Callable[[], Any]]
+DRY_RUN = ["MODEL.DEVICE", "cpu", "SOLVER.AMP.PRECISION", "bfloat16"]
+Step = Callable[[], Any]
+
+
+class Part(NamedTuple):
+    """What is measured by itself."""
+
+    prepare: Callable[[], Step]  # returns the step to time
+    calls: int = 1  # in each step; times are divided by it
+    memory: bool = False  # whether to measure peak memory
+
+
+Parts = dict[str, Part]
 
 
 def make_inputs(cfg: CfgNode, size: list[int], batch_size: int) -> list[dict[str, Any]]:
@@ -69,8 +81,8 @@ def build_variant(cfg: CfgNode, name: str, train: bool, inputs: list[dict[str, A
     """Build a model with random weights. All but FrozenBN give the same outputs."""
     cfg = cfg.clone()
     cfg.defrost()
-    if name == "GN+WS, reference":
-        cfg.MODEL.GNWS.KERNELS = "reference"
+    if name.startswith("GN+WS, "):
+        cfg.MODEL.GNWS.KERNELS = name.removeprefix("GN+WS, ")
     if name == "FrozenBN":
         heads = [cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD]
         for node in (cfg.MODEL.BACKBONE, *heads):
@@ -92,14 +104,16 @@ def build_variant(cfg: CfgNode, name: str, train: bool, inputs: list[dict[str, A
         model = FrozenBatchNorm2d.convert_frozen_batchnorm(model)
     elif name == "GN, Detectron2":
         fold_ws_conv(model)
-    elif name == "GN" or (name == "GN+WS" and not train):
+    elif name == "GN" or (not train and name != "GN+WS, reference"):
         fold_for_inference(model)
     return model.train(train)
 
 
-def prepare_model(cfg: CfgNode, variant: str, args: argparse.Namespace) -> Parts:
-    train = args.work == "train"
-    inputs = make_inputs(cfg, args.image_size, args.batch_size)
+def prepare_model(
+    cfg: CfgNode, variant: str, train: bool, size: list[int], batch_size: int
+) -> Step:
+    """Return a training step, or the inference of a batch."""
+    inputs = make_inputs(cfg, size, batch_size)
     model = build_variant(cfg, variant.removesuffix(", AMP"), train, inputs)
     amp, device = variant.endswith(", AMP"), torch.device(cfg.MODEL.DEVICE).type
     dtype = torch.bfloat16 if device == "cpu" else getattr(torch, cfg.SOLVER.AMP.PRECISION)
@@ -123,38 +137,102 @@ def prepare_model(cfg: CfgNode, variant: str, args: argparse.Namespace) -> Parts
         scaler.update()
         optimizer.zero_grad()
 
-    return {args.work: train_step if train else infer}
+    return train_step if train else infer
 
 
-def prepare_ops(cfg: CfgNode, variant: str, args: argparse.Namespace) -> Parts:
-    """Forward and backward of weight standardization, and of GroupNorm + ReLU at shapes of R-50."""
-    fused = variant == "fused"
+def standardize(dtype: torch.dtype, kernels: str, weight: Tensor) -> Tensor:
+    if kernels == "reference":
+        return standardize_weight_reference(weight).to(dtype)
+    return standardize_weight(weight, dtype=dtype, kernels=kernels)
+
+
+def normalize(kernels: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if kernels == "reference":
+        return F.relu_(F.group_norm(x, 32, weight.to(x.dtype), bias.to(x.dtype)))
+    return group_norm(x, 32, weight, bias, relu=True, kernels=kernels)
+
+
+def run_operator(
+    operator: Callable[..., Tensor], inputs: Any, grads: list[Tensor], calls: int, backward: bool
+) -> None:
+    """Call `operator` with each of `inputs`, `calls` times."""
+    for _ in range(calls):
+        with torch.set_grad_enabled(backward):
+            outputs = [operator(*tensors) for tensors in inputs]
+        if backward:
+            torch.autograd.grad(outputs, [t for tensors in inputs for t in tensors], grads)
+
+
+def operator_parts(
+    cfg: CfgNode,
+    kernels: str,
+    shapes: Sequence[tuple[int, ...]],
+    dtypes: list[torch.dtype],
+    backward: bool = True,
+    calls: int = 1,
+) -> Parts:
+    """Weight standardization of all convolutions of a model, and GroupNorm + ReLU by shape."""
     model = build_model(cfg).requires_grad_()  # the frozen layers too
-    weights = [m.weight for m in model.modules() if isinstance(m, WSConv2d)]
-    standardize = standardize_weight if fused else standardize_weight_reference
-
-    def standardize_all() -> None:
-        torch.autograd.grad([standardize(w) for w in weights], weights, weights)
-
-    def normalize(x: Tensor, weight: Tensor, bias: Tensor) -> None:
-        if fused:
-            y = group_norm(x, 32, weight, bias, relu=True)
-        else:
-            y = F.relu_(F.group_norm(x, 32, weight.to(x.dtype), bias.to(x.dtype)))
-        torch.autograd.grad(y, [x, weight, bias], x)
-
-    parts: Parts = {"weight standardization": standardize_all}
-    n, (h, w) = args.batch_size, args.image_size
-    stages = [(n, 256 * s // 4, h // s, w // s) for s in (4, 8, 16, 32)]
-    for shape in [(n, 64, h // 2, w // 2), *stages, (1000 * n, 256, 7, 7)]:
-        for dtype in [torch.float32] + [torch.float16] * torch.cuda.is_available():
-            leaves = [torch.randn(shape, dtype=dtype), *torch.randn(2, shape[1])]
-            leaves = [leaf.to(cfg.MODEL.DEVICE).requires_grad_() for leaf in leaves]
-            parts[f"GroupNorm + ReLU, {shape}, {dtype}"] = partial(normalize, *leaves)
+    weights = [(m.weight,) for m in model.modules() if isinstance(m, WSConv2d)]
+    parts = {}
+    for dtype in dtypes:
+        cases: dict[str, Any] = {}
+        cases["weight standardization"] = partial(standardize, dtype, kernels), weights
+        for shape in shapes:
+            tensors = torch.randn(shape, dtype=dtype), *torch.randn(2, shape[1])
+            inputs = [tuple(t.to(cfg.MODEL.DEVICE).requires_grad_() for t in tensors)]
+            name = f"GroupNorm + ReLU, {' x '.join(map(str, shape))}"
+            cases[name] = partial(normalize, kernels), inputs
+        for name, (operator, inputs) in cases.items():
+            grads = [tensors[0].detach().to(dtype) for tensors in inputs]
+            # A partial of partial, as Part.prepare returns the step.
+            prepare = partial(partial, run_operator, operator, inputs, grads, calls, backward)
+            name += f", {str(dtype).removeprefix('torch.')}{'' if backward else ', forward'}"
+            parts[name] = Part(prepare, calls)
     return parts
 
 
-def prepare_mapper(cfg: CfgNode, variant: str, args: argparse.Namespace) -> Parts:
+def prepare_ops(cfg: CfgNode, variant: str, args: argparse.Namespace) -> Parts:
+    n, (h, w) = args.batch_size, args.image_size
+    stages = [(n, 256 * s // 4, h // s, w // s) for s in (4, 8, 16, 32)]
+    shapes = [(n, 64, h // 2, w // 2), *stages, (1000 * n, 256, 7, 7)]
+    dtypes = [torch.float32] + [torch.float16] * torch.cuda.is_available()
+    return operator_parts(cfg, "auto" if variant == "fused" else "reference", shapes, dtypes)
+
+
+def prepare_models(cfg: CfgNode, variant: str, args: argparse.Namespace) -> Parts:
+    train = args.work == "train"
+    prepare = partial(prepare_model, cfg, variant, train, args.image_size, args.batch_size)
+    return {args.work: Part(prepare, memory=True)}
+
+
+def model_shapes(n: int, height: int, width: int) -> list[tuple[int, ...]]:
+    """Return the shapes that Mask R-CNN's GroupNorms get for `n` images, padded by Detectron2."""
+    height, width = (-(-size // 32) * 32 for size in (height, width))
+    channels = {2: [64], 4: [64, 256, 128], 8: [128, 512, 256], 16: [256, 1024, 512]}
+    channels[32] = [512, 2048, 256]
+    shapes = [(n, c, height // s, width // s) for s, cs in channels.items() for c in cs]
+    return [*shapes, (1000 * n, 256, 7, 7), (100 * n, 256, 14, 14)]  # box head, mask head
+
+
+def prepare_gpu(cfg: CfgNode, variant: str, args: argparse.Namespace) -> Parts:
+    """Operators with the kernels of a variant of GN+WS, and models."""
+    parts: Parts = {}
+    if variant.startswith("GN+WS"):
+        kernels = variant.removeprefix("GN+WS").removeprefix(", ") or "auto"
+        dtypes = [torch.float32, getattr(torch, cfg.SOLVER.AMP.PRECISION)]
+        shapes = [s for n in (1, 2) for s in model_shapes(n, *args.image_size)]
+        shapes, calls = (shapes[:3], 1) if args.dry_run else (shapes, 50)
+        for backward in (False, True):
+            parts |= operator_parts(cfg, kernels, shapes, dtypes, backward, calls)
+    for work, n in [("inference", 1), ("train", 2), ("inference", 8), ("train", 8)]:
+        for name in (variant, f"{variant}, AMP") if n < 8 or not args.dry_run else ():
+            prepare = partial(prepare_model, cfg, name, work == "train", args.image_size, n)
+            parts[f"{work}, batch {n}{name.removeprefix(variant)}"] = Part(prepare, memory=True)
+    return parts
+
+
+def prepare_dataloader(cfg: CfgNode, variant: str, args: argparse.Namespace) -> Parts:
     """Map the images of the first dataset of ``DATASETS.TRAIN`` in one thread."""
     if not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name the dataset to map.")
@@ -167,40 +245,50 @@ def prepare_mapper(cfg: CfgNode, variant: str, args: argparse.Namespace) -> Part
     cv2.setNumThreads(1)
     np.random.seed(0)  # both mappers draw the same augmentation
     mapper_class = DatasetMapper if variant == "DatasetMapper" else OpenCVDatasetMapper
-    train, test = mapper_class(cfg, True), mapper_class(cfg, False)
-    return {
-        f"{len(records)} images, training": lambda: deque(map(train, records), maxlen=0),
-        f"{len(records)} images, test": lambda: deque(map(test, records), maxlen=0),
-    }
+
+    def prepare(is_train: bool) -> Step:
+        mapper = mapper_class(cfg, is_train)
+        return lambda: deque(map(mapper, records), maxlen=0)
+
+    names = {f"{len(records)} images, training": True, f"{len(records)} images, test": False}
+    return {name: Part(partial(prepare, is_train)) for name, is_train in names.items()}
 
 
-def _time(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def measure_part(part: Part, args: argparse.Namespace, cuda: bool) -> tuple[list[float], int]:
+    """Return the seconds of each run, and the bytes at the peak over those before."""
+    gc.collect()
+    synchronize = torch.cuda.synchronize if cuda else lambda: None
+    synchronize()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    before = _peak_memory(cuda)
+    step, seconds = part.prepare(), []
+    for _ in range(3 if cuda else 1):
+        step()  # to warm up
+    for _ in range(args.runs):
+        synchronize()
+        start = time.perf_counter()
+        step()
+        synchronize()
+        seconds.append((time.perf_counter() - start) / part.calls)
+    return seconds, _peak_memory(cuda) - before
 
 
 def _peak_memory(cuda: bool) -> int:
-    """Return the bytes at the peak of this process: allocated on the GPU, or resident."""
-    if cuda:
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Return the peak in bytes: allocated on the GPU since the last reset, or resident ever."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated() if cuda else resident
 
 
 @exit_on_user_error
 def main() -> None:
-    """
-    Measure a variant, and write its ``seconds`` by part, ``memory_bytes`` and ``machine`` as JSON.
-
-    Raises:
-        UserError: for a config, a device or a dataset that cannot be used.
-    """
+    """Measure a variant; print ``machine``, ``seconds`` and ``memory_bytes`` by part, as JSON."""
     variant, args = sys.argv[1], argparse.Namespace(**json.loads(sys.argv[2]))
-    results, sys.stdout = sys.stdout, sys.stderr  # for what others print
+    output, sys.stdout = sys.stdout, sys.stderr  # for what others print
     sys.argv = ["benchmark.py"]  # for errors
-    cfg = load_config(args.config_file, args.opts, args.dataset)
+    opts = [*args.opts, *(["MODEL.DEVICE", "cuda"] if args.work == "gpu" else [])]
+    opts += DRY_RUN if args.dry_run else []
+    cfg = load_config(args.config_file, opts, args.dataset)
     register_coco_datasets(cfg.DATASETS.COCO)
     cuda = cfg.MODEL.DEVICE != "cpu" and args.work != "dataloader"
     if variant.endswith(", AMP"):
@@ -210,15 +298,13 @@ def main() -> None:
     elif args.work == "ops" or variant.removesuffix(", AMP") in ("GN+WS", "GN"):
         # As entry points do for our models; all operations are compared with the same setting.
         keep_freed_memory()
-    before = _peak_memory(cuda)
-    prepare = {"ops": prepare_ops, "dataloader": prepare_mapper}.get(args.work, prepare_model)
-    seconds = {}
-    for part, run in prepare(cfg, variant, args).items():
-        _time(run)  # to warm up
-        seconds[part] = [_time(run) for _ in range(args.runs)]
-    memory = _peak_memory(cuda) - before
-    result = {"seconds": seconds, "memory_bytes": memory, "machine": describe_machine()}
-    print(json.dumps(result), file=results)
+    result: dict[str, Any] = {"machine": describe_machine(), "seconds": {}, "memory_bytes": {}}
+    prepare = {"ops": prepare_ops, "dataloader": prepare_dataloader, "gpu": prepare_gpu}
+    for name, part in prepare.get(args.work, prepare_models)(cfg, variant, args).items():
+        result["seconds"][name], memory = measure_part(part, args, cuda)
+        if part.memory:
+            result["memory_bytes"][name] = [memory]
+    print(json.dumps(result), file=output)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from gnws_d2 import model_zoo
 from gnws_d2.config import load_config
 from gnws_d2.data import register_coco_datasets
 from gnws_d2.layers import GroupNorm, WSConv2d
-from gnws_tools import benchmark, benchmark_gpu, benchmark_variants
-from gnws_tools.benchmark import ALL_MODELS, MODELS, SCALE, argument_parser
+from gnws_tools import benchmark, benchmark_variants
+from gnws_tools.benchmark import ALL_MODELS, MODELS, VARIANTS, argument_parser
 
+AMP = ("", ", AMP")
 TINY = ["MODEL.RPN.POST_NMS_TOPK_TEST", "10", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "10"]
 
 
@@ -42,18 +43,40 @@ def replies(monkeypatch):
 def test_variants_take_turns_in_processes_of_their_own(replies):
     started, outputs = replies
     for seconds in (2.0, 4.0, 5.0, 3.0):
-        result = {"seconds": {"train": [seconds]}, "memory_bytes": seconds * 2**30, "machine": {}}
+        memory = {"train": [seconds * 2**30]}
+        result = {"seconds": {"train": [seconds]}, "memory_bytes": memory, "machine": {}}
         outputs.append(SimpleNamespace(returncode=0, stdout=json.dumps(result)))
     measured = benchmark.measure(["GN+WS", "GN"], arguments("train", "--turns", "2"))
     assert started == ["GN+WS", "GN", "GN", "GN+WS"]
     assert measured["GN+WS"]["seconds"] == {"train": [2.0, 3.0]}
     assert measured["GN"]["seconds"] == {"train": [4.0, 5.0]}
-    lines = benchmark.format_table(measured).splitlines()[2:]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert rows == [
-        ["train", "GN+WS", "2500", "2000 - 3000", "1.000x", "2.00", "1.000x"],
-        ["train", "GN", "4500", "4000 - 5000", "1.800x", "4.00", "2.000x"],
+    assert table(benchmark.format_table(measured)) == [
+        ["", "GN+WS", "GN"],
+        ["train, ms", "2500 (2000 - 3000) 1.000x", "4500 (4000 - 5000) 1.800x"],
+        ["train, GiB", "2.5 (2 - 3) 1.000x", "4.5 (4 - 5) 1.800x"],
     ]
+
+
+def test_table_of_the_gpu_has_a_row_for_each_part_and_a_column_for_each_variant():
+    operator, model = "GroupNorm + ReLU", "train, batch 2"
+    both = {operator: [50e-6], model: [0.2, 0.3, 0.25]}
+    measured = {
+        "GN+WS": {"seconds": both, "memory_bytes": {model: [2**30]}},
+        "GN+WS, torch": {"seconds": {**both, operator: [400e-6]}, "memory_bytes": {}},
+        "FrozenBN": {"seconds": {model: [0.125]}, "memory_bytes": {model: [2**29]}},
+    }
+    assert table(benchmark.format_table(measured)) == [
+        ["", "GN+WS", "GN+WS, torch", "FrozenBN"],
+        [f"{operator}, ms", "0.05 (0.05 - 0.05) 1.000x", "0.4 (0.4 - 0.4) 8.000x", ""],
+        [f"{model}, ms", *["250 (200 - 300) 1.000x"] * 2, "125 (125 - 125) 0.500x"],
+        [f"{model}, GiB", "1 (1 - 1) 1.000x", "", "0.5 (0.5 - 0.5) 0.500x"],
+    ]
+
+
+def table(text):
+    _, *lines = (line for line in text.splitlines() if "---" not in line)
+    rows = [text.splitlines()[0], *lines]
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -96,93 +119,34 @@ def test_script_writes_a_table_and_all_times(tmp_path):
     done = run_script(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "output" / "benchmark" / "inference.md").read_text()
-    assert text == done.stdout[:-1] and "| FrozenBN |" in text
+    assert text == done.stdout[:-1] and "| FrozenBN " in text
     record = json.loads((tmp_path / "output" / "benchmark" / "inference.json").read_text())
     assert record["image_size"] == [64, 96] and record["opts"] == TINY
     assert list(record["variants"]) == ["GN+WS", "FrozenBN"]
     for measured in record["variants"].values():
         assert len(measured["seconds"]["inference"]) == 2
-        assert 10 * 2**20 < measured["memory_bytes"] < 2**30
+        (memory,) = measured["memory_bytes"]["inference"]
+        assert 10 * 2**20 < memory < 2**30
         assert measured["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
 
 
 @pytest.mark.ci
-def test_scale_measures_each_job_beside_detectron2_with_the_same_ap(tmp_path):
-    done = run_script("scale", "--share", "0.0005", "--turns", "1", "--pycocotools", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "output" / "benchmark" / "scale.json").read_text())
-    assert list(record["variants"]) == list(SCALE)
-    for job, of_job in record["variants"].items():
-        assert set(SCALE[job]) <= set(of_job) and f"| {job} " in done.stdout
-        results = [measured["result"] for measured in of_job.values()]
-        if job.endswith("AP"):
-            assert len(results) == 3 and results[0][0] > 0.1
-            assert results[1] == results[2] == pytest.approx(results[0], abs=1e-6)
-        assert all(len(measured["seconds"][job]) == 1 for measured in of_job.values())
-
-
-@pytest.mark.ci
-def test_dry_run_of_the_gpu_benchmark_measures_everything_on_the_cpu(tmp_path):
+def test_dry_run_of_the_gpu_benchmark_measures_all_kernels_on_the_cpu(tmp_path):
     done = run_script("gpu", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "output" / "benchmark" / "gpu.md").read_text() == done.stdout[:-1]
     record = json.loads((tmp_path / "output" / "benchmark" / "gpu.json").read_text())
-    operators, *precisions = record["variants"].values()
-    assert list(record["variants"]) == ["operators", "float32", "float16"]
-    names = {row["operator"] for row in operators["rows"]}
-    assert names == {"GroupNorm + ReLU", "weight standardization"} and len(operators["rows"]) > 30
-    tolerance = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
-    for row in operators["rows"]:
-        assert max(row["error"]) < tolerance[row["precision"]], row
-        for times in (row["forward"], row["wall"], row["forward and backward"]):
-            assert {"triton", "torch", "auto"} < set(times) and min(times.values()) > 0
-    for result in precisions:
-        assert list(result["parts"]) == ["inference, batch 1", "train, batch 2"]
-        for of_part in result["parts"].values():
-            assert list(of_part) == benchmark_gpu.MODELS
-            assert all(min(measured["seconds"]) > 0 for measured in of_part.values())
-
-
-def test_gpu_table_has_the_ratios_of_the_goals():
-    row = {
-        "operator": "GroupNorm + ReLU",
-        "shape": [1, 64, 400, 672],
-        "precision": "float16",
-        "bytes": 60e6,
-        "forward": {"triton": 0.05, "torch": 0.4, "channels-last": 0.5, "auto": 0.05},
-        "forward and backward": {"triton": 0.2, "torch": 0.5, "auto": 0.25},
-        "error": [1e-3, 2e-3],
-    }
-    part = "train, batch 2"
-
-    def model(seconds, gpu_seconds, gib):
-        memory = gib * 2**30
-        return {"seconds": seconds, "gpu_seconds": gpu_seconds, "memory_bytes": memory}
-
-    exact = {"GN+WS": model([0.3, 0.2, 0.4], 0.15, 4), "FrozenBN": model([0.25], 0.1, 2)}
-    half = {"GN+WS": model([0.1], 0.05, 2), "FrozenBN": model([0.125], 0.1, 2)}
-    text = benchmark.format_gpu(
-        {
-            "operators": {"rows": [row], "copy_bandwidth": 2e12, "choices": ""},
-            "float32": {"parts": {part: exact}, "choices": ""},
-            "float16": {"parts": {part: half}, "choices": "all"},
-        }
-    )
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    # 60 MB in 50 us is 1.2 TB/s.
-    assert [
-        "GroupNorm + ReLU 1 x 64 x 400 x 672, float16", "50.0", "400.0", "8.00x", "10.00x", "60%",
-        "2.50x", "2.00x", "2e-03",
-    ] in rows  # fmt: skip
-    assert [
-        part, "GN+WS", "float32", "300.0", "200.0", "150.0", "0.800x", "1.500x", "1.000x", "1.000x",
-        "4.00", "1.00x",
-    ] in rows  # fmt: skip
-    assert [
-        part, "GN+WS", "float16", "100.0", "100.0", "50.0", "0.800x", "0.500x", "0.500x", "0.333x",
-        "2.00", "0.50x",
-    ] in rows  # fmt: skip
-    assert "Copy bandwidth: 2.00 TB/s." in text and text.endswith("float16: all")
+    assert list(record["variants"]) == VARIANTS["gpu"]
+    models = {f"{work}{amp}" for work in ("inference, batch 1", "train, batch 2") for amp in AMP}
+    for name, measured in record["variants"].items():
+        operators = set(measured["seconds"]) - models
+        assert models < set(measured["seconds"]) if "GN+WS" in name else not operators
+        assert set(measured["memory_bytes"]) == models
+        for kind in ("weight standardization", "GroupNorm + ReLU, 1 x 64 x 32 x 32"):
+            for part in (f"{kind}, float32", f"{kind}, bfloat16, forward"):
+                assert (part in operators) == ("GN+WS" in name)
+        for part, (seconds,) in measured["seconds"].items():
+            assert seconds > 0 and f"| {part}, ms " in done.stdout
 
 
 def test_gpu_benchmark_has_the_shapes_of_the_model():
@@ -194,7 +158,7 @@ def test_gpu_benchmark_has_the_shapes_of_the_model():
     with torch.no_grad():
         backbone(torch.zeros(1, 3, 64, 96))
     of_heads = {(1000, 256, 7, 7), (100, 256, 14, 14)}
-    assert shapes | of_heads == set(benchmark_gpu.model_shapes(1, 60, 90))
+    assert shapes | of_heads == set(benchmark_variants.model_shapes(1, 60, 90))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +171,7 @@ def test_gpu_benchmark_has_the_shapes_of_the_model():
         ),
     ],
 )
-def test_mistake_in_the_config_is_told_once(tmp_path, words, message):
+def test_mistake_in_the_config_is_reported_once(tmp_path, words, message):
     done = run_script(*words, cwd=tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
@@ -231,7 +195,7 @@ def test_memory_is_kept_where_entry_points_keep_it(monkeypatch, capsys, variant)
     kept = []
     monkeypatch.setattr(benchmark_variants, "keep_freed_memory", lambda: kept.append(True))
     monkeypatch.setattr(benchmark_variants, "check_precision", lambda *_: None)
-    monkeypatch.setattr(benchmark_variants, "prepare_model", lambda *_: {"train": lambda: None})
+    monkeypatch.setattr(benchmark_variants, "prepare_model", lambda *_: lambda: None)
     args = arguments("train", "--config-file", "quick_start", "--runs", "3")
     monkeypatch.setattr(sys, "argv", ["benchmark_variants.py", variant, json.dumps(vars(args))])
     with monkeypatch.context() as m:
@@ -261,6 +225,15 @@ def test_models_give_the_same_outputs(train):
     assert standardized == ["GN+WS"] * train + ["GN+WS, reference"]
 
 
+@pytest.mark.parametrize("name, kernels", [("GN+WS", "auto"), ("GN+WS, triton", "triton")])
+def test_variant_forces_the_kernels_of_all_layers(name, kernels):
+    cfg = load_config("quick_start", ["SEED", "-1"])
+    inputs = benchmark_variants.make_inputs(cfg, [64, 64], 1)
+    model = benchmark_variants.build_variant(cfg, name, True, inputs)
+    layers = [m for m in model.modules() if isinstance(m, (WSConv2d, GroupNorm))]
+    assert len(layers) > 50 and {m.kernels for m in layers} == {kernels}
+
+
 @pytest.mark.parametrize("variant", ALL_MODELS)
 def test_training_step_computes_gradients_and_keeps_the_weights(variant, monkeypatch):
     cfg = load_config("quick_start", TINY)
@@ -269,8 +242,7 @@ def test_training_step_computes_gradients_and_keeps_the_weights(variant, monkeyp
     monkeypatch.setattr(
         benchmark_variants, "build_variant", lambda *args: models.append(build(*args)) or models[0]
     )
-    args = arguments("train", "--image-size", "64", "64")
-    (step,) = benchmark_variants.prepare_model(cfg, variant, args).values()
+    step = benchmark_variants.prepare_model(cfg, variant, True, [64, 64], 1)
     before = {name: p.clone() for name, p in models[0].named_parameters()}
     gradients = []
     models[0].backbone.fpn_output2.weight.register_hook(gradients.append)
@@ -279,16 +251,27 @@ def test_training_step_computes_gradients_and_keeps_the_weights(variant, monkeyp
     assert all(torch.equal(p, before[name]) for name, p in models[0].named_parameters())
 
 
-@pytest.mark.parametrize("variant", benchmark.OTHERS["ops"])
-def test_operations_run_at_all_shapes(variant):
+@pytest.mark.parametrize("variant", VARIANTS["ops"])
+def test_operators_run_at_all_shapes(variant):
     args = arguments("ops", "--image-size", "64", "64")
     parts = benchmark_variants.prepare_ops(load_config("quick_start", []), variant, args)
-    assert "weight standardization" in parts and len(parts) == 7
-    for run in parts.values():
-        run()
+    assert "weight standardization, float32" in parts and len(parts) == 7
+    for part in parts.values():
+        part.prepare()()
 
 
-@pytest.mark.parametrize("variant", benchmark.OTHERS["dataloader"])
+def test_operators_of_all_kernels_are_the_same_function():
+    w, x, bias = torch.randn(8, 4, 3, 3), torch.randn(2, 64, 5, 5), torch.randn(64)
+    for kernels in ("auto", "triton", "torch"):
+        for f, tensors in (
+            (lambda k, *t: benchmark_variants.standardize(torch.float16, k, *t), (w,)),
+            (benchmark_variants.normalize, (x, torch.ones(64), bias)),
+        ):
+            expected = f("reference", *tensors)
+            torch.testing.assert_close(f(kernels, *tensors), expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS["dataloader"])
 def test_mappers_map_every_image(variant, photographs, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     monkeypatch.setattr(cv2, "setNumThreads", lambda n: None)
@@ -297,10 +280,10 @@ def test_mappers_map_every_image(variant, photographs, monkeypatch):
     mapper_class = getattr(benchmark_variants, variant)
     monkeypatch.setattr(mapper_class, "__call__", lambda self, record: mapped.append(record))
     cfg = load_config("quick_start", ["DATASETS.TRAIN", "('fruits_nuts',)"])
-    parts = benchmark_variants.prepare_mapper(cfg, variant, argparse.Namespace())
+    parts = benchmark_variants.prepare_dataloader(cfg, variant, argparse.Namespace())
     assert list(parts) == ["18 images, training", "18 images, test"]
-    for run in parts.values():
-        run()
+    for part in parts.values():
+        part.prepare()()
     assert len(mapped) == 36
 
 
