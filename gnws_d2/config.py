@@ -25,9 +25,10 @@ def add_gnws_config(cfg: CfgNode) -> None:
     if "GNWS" in cfg.MODEL:
         return
     cfg.MODEL.GNWS = CfgNode()
-    # On a GPU, "auto" runs for each shape what is fastest there, Triton kernels or PyTorch's own
-    # operators, and with a SEED, PyTorch's own; "triton" and "torch" run one of them. "reference":
-    # no fused operations, but PyTorch's operators one by one. All agree to rounding.
+    # Which operators run on a GPU. "auto": Triton kernels where they can run and PyTorch's own
+    # operators elsewhere. "triton": stop if the kernels cannot run. "torch": PyTorch's own
+    # operators. "reference": no fused operations, but PyTorch's operators one by one, on a CPU,
+    # too. All agree to rounding.
     cfg.MODEL.GNWS.KERNELS = "auto"
 
     # Whether training keeps only the inputs of the ResNet's blocks, and computes the rest again in

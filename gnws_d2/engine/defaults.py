@@ -31,7 +31,6 @@ from ..data.coco import dataset_classes
 from ..data.train_loader import TrainLoader, build_train_loader, derive_seed
 from ..evaluation import COCOEvaluator, read_results, results_json
 from ..layers import fold_for_inference
-from ..layers.kernels import choice
 from ..modeling import checkpoint_activations
 from ..modeling.backbone import check_kernels
 from ..utils.errors import UserError
@@ -77,8 +76,6 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         end_with_parent()
         check_ranks_agree(cfg, args)
         atexit.register(leave_process_group)
-        if cfg.MODEL.DEVICE != "cpu" and check_kernels(cfg) in ("auto", "triton"):
-            agree_on_kernels(cfg, torch.device("cuda", torch.cuda.current_device()))
     # As Detectron2 calls it below, for the same loggers.
     for name in ({"name": "fvcore"}, {}, {"name": "gnws_d2"}):
         logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), **name)
@@ -87,15 +84,11 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
             if getattr(handler, "stream", None) is sys.stdout:
                 handler.addFilter(lambda record: record.levelno > logging.DEBUG)
     logging.getLogger("detectron2.engine.train_loop").addFilter(_demote_traceback)
-    if comm.is_main_process():
-        atexit.register(_log_kernels)
+    runs_model = not (args.eval_only and cfg.TEST.PREDICTIONS)
+    if runs_model and cfg.MODEL.DEVICE != "cpu" and check_kernels(cfg) in ("auto", "triton"):
+        agree_on_kernels(cfg, torch.empty(0, device=cfg.MODEL.DEVICE).device)
     # Without the config file, whose content is part of the config.
     _default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": ""}))
-
-
-def _log_kernels() -> None:
-    if text := choice.summarize():
-        logging.getLogger(__name__).info(text)
 
 
 def _demote_long_message(record: logging.LogRecord) -> bool:

@@ -6,6 +6,7 @@ import fcntl
 import glob
 import hashlib
 import itertools
+import logging
 import multiprocessing
 import os
 import signal
@@ -146,17 +147,20 @@ def lock_output_dir(cfg: CfgNode, args: argparse.Namespace) -> Iterator[None]:
 
 def agree_on_kernels(cfg: CfgNode, device: torch.device) -> None:
     """
-    Check the Triton kernels that training or evaluation may use on `device` now, and have all ranks
-    run PyTorch's own operators in place of those that fail on one of them.
+    Check the Triton kernels that training or evaluation may use on `device`. If some fail on one
+    rank, have all ranks run PyTorch's own operators in place of them. Log which operators run.
     """
     dtypes = [torch.float32]
     if cfg.SOLVER.AMP.ENABLED:
         dtypes.append(getattr(torch, cfg.SOLVER.AMP.PRECISION))
-    names = ("group_norm", "weight_standardization")
-    checks = [(name, dtype) for name in names for dtype in dtypes if choice.has_triton(device)]
-    failed = [check for check in checks if not choice.passes_check(*check, device)]
-    for name, dtype in itertools.chain(*comm.all_gather(failed)):
-        choice.forbid(name, dtype, device)
+    checks = itertools.product(("group_norm", "weight_standardization"), dtypes)
+    failures = {check: choice.find_failure(*check, device) for check in checks}
+    for rank, of_rank in enumerate(comm.all_gather(failures)):
+        for (name, dtype), reason in of_rank.items():
+            if reason and not failures[name, dtype]:
+                choice.forbid(name, dtype, device, f"on rank {rank}, {reason}")
+    if comm.is_main_process():
+        logging.getLogger(__name__).info(choice.summarize())
 
 
 def check_ranks_agree(cfg: CfgNode, args: argparse.Namespace) -> None:

@@ -1,15 +1,11 @@
 """Group Normalization (Wu and He 2018, arXiv:1803.08494), with the residual and ReLU after it."""
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
 import torch
 from detectron2.layers import Conv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .kernels.choice import can_choose, fastest, get_kernels
+from .kernels.choice import find_kernels
 
 
 def group_norm(
@@ -35,17 +31,20 @@ def group_norm(
         eps: added to the variance.
         residual: of the shape of `x`.
         relu: whether to apply the ReLU.
-        kernels: on a GPU, "auto" runs what is fastest for this shape, PyTorch's own operators or
-            Triton kernels; "triton" and "torch" run one of them.
+        kernels: on a GPU, "auto" runs Triton kernels where they can run and PyTorch's own operators
+            elsewhere (:mod:`gnws_d2.layers.kernels.choice`); "torch" always runs PyTorch's own
+            operators; with "triton" it is an error if the kernels cannot run.
 
     Returns:
         A tensor of the shape and dtype of `x`.
+
+    Raises:
+        UserError: see `kernels`.
     """
     if not torch.jit.is_scripting():
-        if kernels != "torch":
-            run = _choose(kernels, x, num_groups, weight, bias, eps, residual, relu)
-            if run is not None:
-                return run(x, num_groups, weight, bias, eps, residual, relu)
+        triton = find_kernels("group_norm", kernels, x, num_groups)
+        if triton is not None:
+            return triton.group_norm(x, num_groups, weight, bias, eps, residual, relu)
         if autocast_dtype(x.device) is not None:
             with torch.autocast(x.device.type, enabled=False):
                 return group_norm(x, num_groups, weight, bias, eps, residual, relu, "torch")
@@ -53,57 +52,6 @@ def group_norm(
     if residual is not None:
         x += residual
     return F.relu_(x) if relu else x
-
-
-# By shape and options, what to run; None for PyTorch's operators on the tensor as it is.
-_chosen: dict[tuple[Any, ...], Callable[..., Tensor] | None] = {}
-
-
-def _choose(kernels: str, x: Tensor, num_groups: int, *args: Any) -> Callable[..., Tensor] | None:
-    """What to run with these arguments; None for PyTorch's operators on `x` as it is."""
-    if not can_choose(x):
-        return None
-    _, _, _, residual, relu = args
-    grad = torch.is_grad_enabled()
-    options = (num_groups, residual is not None, relu, grad, x.is_contiguous(), kernels)
-    key = (x.shape, x.dtype, x.device, *options)
-    try:
-        return _chosen[key]
-    except KeyError:
-        pass
-    if len(_chosen) > 10_000:  # of images of thousands of sizes
-        _chosen.clear()
-    triton = get_kernels("group_norm", x, num_groups)
-    if triton is None:
-        _chosen[key] = None
-    elif kernels == "triton":
-        _chosen[key] = triton.group_norm
-    else:
-        functions = {"triton": triton.group_norm, "torch": None, "channels-last": _channels_last}
-        candidates = {
-            name: partial(_try, function or _torch, grad, x, num_groups, *args)
-            for name, function in functions.items()
-        }
-        sizes = [n.bit_length() for n in x.shape]  # in powers of two
-        name = fastest(("group_norm", *sizes, *key[1:]), candidates, x.device)
-        _chosen[key] = functions[name]
-    return _chosen[key]
-
-
-_torch: Callable[..., Tensor] = partial(group_norm, kernels="torch")
-
-
-def _channels_last(x: Tensor, *args: Any) -> Tensor:
-    return _torch(x.contiguous(memory_format=torch.channels_last), *args)
-
-
-def _try(function: Callable[..., Tensor], grad: bool, *args: Any) -> None:
-    """Run forward, and backward where gradients are on, apart from the caller's graph."""
-    args = tuple(a.detach().requires_grad_(grad) if isinstance(a, Tensor) else a for a in args)
-    with torch.set_grad_enabled(grad):
-        y = function(*args)
-    if grad:
-        torch.autograd.grad(y, [a for a in args if isinstance(a, Tensor)], y.detach())
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -1,6 +1,5 @@
 """Weight Standardization (Qiao et al. 2019, arXiv:1903.10520) and the convolution that uses it."""
 
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .group_norm import GNConv2d, autocast_dtype
-from .kernels.choice import can_choose, fastest, get_kernels
+from .kernels.choice import find_kernels
 
 
 def standardize_weight(
@@ -35,51 +34,17 @@ def standardize_weight(
 
     Returns:
         A tensor of the shape of `weight`. Statistics are computed in float32 at least.
+
+    Raises:
+        UserError: if `kernels` is "triton" and the kernels cannot run.
     """
     dtype = dtype or weight.dtype
     if torch.jit.is_tracing():  # a trace has no autograd functions
         return standardize_weight_reference(weight, eps).to(dtype)
-    grad = torch.is_grad_enabled() and weight.requires_grad
-    triton = _choose(kernels, weight, eps, dtype, grad)
-    if grad:
+    triton = find_kernels("weight_standardization", kernels, weight, dtype, dtype=dtype)
+    if torch.is_grad_enabled() and weight.requires_grad:
         return _StandardizeWeight.apply(weight, eps, dtype, triton)
     return _standardize(weight, eps, dtype, triton)[0]
-
-
-# By shape and options, the Triton kernels, or None for PyTorch's operators.
-_chosen: dict[tuple[Any, ...], ModuleType | None] = {}
-
-
-def _choose(
-    kernels: str, weight: Tensor, eps: float, dtype: torch.dtype, grad: bool
-) -> ModuleType | None:
-    """The Triton kernels, if they are to run, or are the fastest for this shape."""
-    if kernels == "torch" or not can_choose(weight):
-        return None
-    key = (weight.shape, weight.dtype, weight.device, dtype, grad, kernels)
-    if key not in _chosen:
-        triton = get_kernels("weight_standardization", weight)
-        if triton is not None and kernels == "auto":
-            candidates = {
-                name: partial(_try, weight.detach(), eps, dtype, module, grad)
-                for name, module in (("triton", triton), ("torch", None))
-            }
-            sizes = [n.bit_length() for n in weight.shape]  # in powers of two
-            name = fastest(("standardize", *sizes, *key[1:]), candidates, weight.device)
-            triton = triton if name == "triton" else None
-        _chosen[key] = triton
-    return _chosen[key]
-
-
-def _try(
-    weight: Tensor, eps: float, dtype: torch.dtype, triton: ModuleType | None, grad: bool
-) -> None:
-    if grad:
-        weight.requires_grad_()
-        out = _StandardizeWeight.apply(weight, eps, dtype, triton)
-        torch.autograd.grad(out, weight, out.detach())
-    else:
-        _standardize(weight, eps, dtype, triton)
 
 
 def standardize_weight_reference(weight: Tensor, eps: float = 1e-5) -> Tensor:

@@ -87,12 +87,11 @@ def check_keys(cfg: CfgNode, *sections: str) -> str:
 def check_kernels(cfg: CfgNode) -> str:
     """
     Returns:
-        ``MODEL.GNWS.KERNELS``, "auto" for a config without our keys; but "torch" for "auto" if a
-        ``SEED`` asks for the same numbers in every run, as what is fastest may differ.
+        ``MODEL.GNWS.KERNELS``; "auto" for a config without our keys.
 
     Raises:
         UserError: if it is unknown.
     """
     kernels = cfg.MODEL.GNWS.KERNELS if "GNWS" in cfg.MODEL else "auto"
     check_choice("MODEL.GNWS.KERNELS", kernels, ("auto", "triton", "torch", "reference"))
-    return "torch" if kernels == "auto" and cfg.SEED >= 0 else kernels
+    return kernels

@@ -332,7 +332,7 @@ def test_output_dir_that_cannot_be_written_is_named(tmp_path, fails):
 
 
 def _check_kernels(rank, store, queue):
-    """A rank, on whose GPU GroupNorm in float16 is wrong if it is the second."""
+    """A rank, on whose GPU GroupNorm in float16 is wrong if it is the second; what it runs."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     choice.has_triton = lambda device: True
     choice.find_difference = lambda kernels, dtype, device: (
@@ -340,8 +340,8 @@ def _check_kernels(rank, store, queue):
     )
     device = torch.device("cpu")
     agree_on_kernels(load_config("quick_start", ["SOLVER.AMP.ENABLED", "True"]), device)
-    names, dtypes = ("group_norm", "weight_standardization"), (torch.float32, torch.float16)
-    queue.put([rank, [choice.passes_check(n, dtype, device) for n in names for dtype in dtypes]])
+    reason = choice.find_failure("group_norm", torch.float16, device)
+    queue.put([rank, choice.summarize(), reason])
     dist.barrier()
     dist.destroy_process_group()
 
@@ -358,4 +358,11 @@ def test_all_ranks_refuse_kernels_that_fail_on_one(tmp_path):
     results = sorted(queue.get(timeout=120) for _ in processes)
     for process in processes:
         process.join()
-    assert results == [[rank, [True, False, True, True]] for rank in range(2)]
+    kernels = "group_norm in float32, weight_standardization in float32, "
+    summary = (
+        f"On the GPU: Triton kernels for {kernels}weight_standardization in float16; "
+        "PyTorch's own operators for group_norm in float16."
+    )
+    failure = "the kernels of group_norm in torch.float16 fail their check (a lot; "
+    assert [summaries for _, summaries, _ in results] == [summary, summary]
+    assert results[0][2].startswith(f"on rank 1, {failure}") and results[1][2].startswith(failure)

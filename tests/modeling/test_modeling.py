@@ -156,10 +156,11 @@ def test_unknown_kernels_are_refused():
         build_model(cfg)
 
 
-@pytest.mark.parametrize("seed, kernels", [(-1, "auto"), (1, "torch")])
-def test_model_with_a_seed_times_nothing(seed, kernels):
+@pytest.mark.parametrize("kernels", ["auto", "triton", "torch"])
+@pytest.mark.parametrize("seed", [-1, 1])
+def test_kernels_do_not_depend_on_the_seed(seed, kernels):
     cfg = get_config()
-    cfg.SEED = seed
+    cfg.SEED, cfg.MODEL.GNWS.KERNELS = seed, kernels
     modules = build_backbone(cfg).modules()
     assert {m.kernels for m in modules if isinstance(m, (GroupNorm, WSConv2d))} == {kernels}
 

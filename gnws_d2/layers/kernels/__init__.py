@@ -1,1 +1,1 @@
-"""Triton kernels for GPUs. Their modules import Triton, so :mod:`choice` imports them if needed."""
+"""Triton kernels for GPUs. Their modules import Triton; :mod:`choice` imports them if needed."""

@@ -70,18 +70,22 @@ def _check_group_norm(
 def _check_weight_standardization(
     kernels: ModuleType, dtype: torch.dtype, randn: Callable[..., Tensor], case: tuple
 ) -> str:
-    weight, grad = (randn(*case) + 1).to(dtype), randn(*case).to(dtype)
-    out, std = kernels.standardize(weight, _EPS, dtype)
-    grad_weight = kernels.standardize_backward(grad, out, std, _EPS, dtype)
-    w = weight.double().flatten(1).requires_grad_()
-    expected_std, mean = torch.std_mean(w, 1, correction=min(1, w.size(1) - 1), keepdim=True)
-    expected = (w - mean) / (expected_std + _EPS)
-    (expected_grad,) = torch.autograd.grad(expected, w, grad.double().flatten(1))
-    if w.size(1) == 1:  # 0 / 0 in the formula's gradient
-        expected_grad = torch.zeros_like(w)
-    names = ["the output", "the standard deviation", "the gradient of the weight"]
-    actual = [out.flatten(1), std, grad_weight.flatten(1)]
-    return _compare(names, actual, [expected, expected_std, expected_grad], dtype)
+    for weight_dtype in dict.fromkeys((torch.float32, dtype)):  # autocast keeps float32
+        weight, grad = (randn(*case) + 1).to(weight_dtype), randn(*case).to(dtype)
+        out, std = kernels.standardize(weight, _EPS, dtype)
+        grad_weight = kernels.standardize_backward(grad, out, std, _EPS, weight_dtype)
+        w = weight.double().flatten(1).requires_grad_()
+        expected_std, mean = torch.std_mean(w, 1, correction=min(1, w.size(1) - 1), keepdim=True)
+        expected = (w - mean) / (expected_std + _EPS)
+        (expected_grad,) = torch.autograd.grad(expected, w, grad.double().flatten(1))
+        if w.size(1) == 1:  # 0 / 0 in the formula's gradient
+            expected_grad = torch.zeros_like(w)
+        names = ["the output", "the standard deviation", "the gradient of the weight"]
+        actual = [out.flatten(1), std, grad_weight.flatten(1)]
+        difference = _compare(names, actual, [expected, expected_std, expected_grad], dtype)
+        if difference:
+            return difference
+    return ""
 
 
 def _compare(

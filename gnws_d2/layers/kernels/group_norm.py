@@ -201,11 +201,11 @@ def _grad_input_kernel(
 def unsupported_reason(x: Tensor, num_groups: int) -> str:
     """Return why :func:`group_norm` cannot run on `x`; empty if it can."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"no GroupNorm kernel for {x.dtype}"
+        return f"there is no GroupNorm kernel for {x.dtype}"
     d = x.size(1) // num_groups
     if d & (d - 1) or d > 512:
-        return f"no GroupNorm kernel for groups of {d} channels"
-    return "" if x.numel() else "there is nothing to normalize"
+        return f"there is no GroupNorm kernel for groups of {d} channels"
+    return ""
 
 
 @functools.lru_cache(4096)

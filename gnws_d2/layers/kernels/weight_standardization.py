@@ -40,12 +40,13 @@ def _grad_kernel(grad_ptr, out_ptr, std_ptr, grad_weight_ptr, size, correction, 
     tl.store(grad_weight_ptr + row * size + i, grad, mask=mask)
 
 
-def unsupported_reason(weight: Tensor) -> str:
-    """Return why the kernels cannot run on `weight`; empty if they can."""
-    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"no weight standardization kernel for {weight.dtype}"
+def unsupported_reason(weight: Tensor, dtype: torch.dtype) -> str:
+    """Return why the kernels cannot standardize `weight` into `dtype`; empty if they can."""
+    for each in (weight.dtype, dtype):
+        if each not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"there is no weight standardization kernel for {each}"
     if weight[0].numel() > _MAX_SIZE:
-        return f"no weight standardization kernel for filters of over {_MAX_SIZE} values"
+        return f"there is no weight standardization kernel for filters of over {_MAX_SIZE} values"
     return ""
 
 
