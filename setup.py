@@ -7,7 +7,7 @@ setup(
     license="Apache-2.0",
     packages=[*find_packages(include=["gnws_d2", "gnws_d2.*"]), "gnws_tools"],
     package_dir={"gnws_tools": "tools"},
-    entry_points={"console_scripts": ["gnws = gnws_tools.gnws:main"]},
+    entry_points={"console_scripts": ["gnws = gnws_tools.cli:main"]},
     package_data={
         "gnws_d2.model_zoo": ["*.json", "configs/*.yaml"],
         "gnws_d2.report": ["*.html"],

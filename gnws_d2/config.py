@@ -171,6 +171,15 @@ def choose_device(cfg: CfgNode) -> None:
         cfg.freeze()
 
 
+def check_device(cfg: CfgNode) -> None:
+    """Raise :class:`UserError` if ``MODEL.DEVICE`` is a GPU and there is none."""
+    if cfg.MODEL.DEVICE != "cpu" and not torch.cuda.is_available():
+        raise UserError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but PyTorch finds no GPU on this machine: set "
+            "MODEL.DEVICE cpu to run on the CPU."
+        )
+
+
 def find_config_file(path_or_name: str) -> str:
     """
     Returns:

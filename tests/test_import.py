@@ -1,4 +1,4 @@
-"""`import gnws_d2` is light: no optional room, nothing registered with PyTorch."""
+"""`import gnws_d2` is light: what a predictor needs, and nothing registered with PyTorch."""
 
 import subprocess
 import sys
@@ -21,9 +21,11 @@ hooks = sys.modules["torch.optim.optimizer"]._global_optimizer_post_hooks
 before = dict(handlers), dict(hooks)
 import gnws_d2
 assert (handlers, hooks) == before
-optional = ("jinja2", "wandb", "onnx", "onnxruntime", "gnws_tools.benchmark")
-for name in (*optional, "gnws_d2.report", "gnws_d2.export"):
+gnws_d2.Predictor
+for name in ("jinja2", "wandb", "onnx", "onnxruntime"):
     assert name not in sys.modules, name
+rooms = {name.split(".")[1] for name in sys.modules if name.startswith("gnws_d2.")}
+assert rooms.isdisjoint({"engine", "finetuning", "report", "export"}), rooms
 """
 
 
@@ -48,8 +50,17 @@ def run(code):
     return done.stdout
 
 
-def test_no_optional_room_is_imported_and_nothing_registered_with_pytorch():
+def test_only_what_a_predictor_needs_is_imported_and_nothing_registered_with_pytorch():
     run(CHECK)
+
+
+def test_finetune_is_imported_when_it_is_used():
+    import gnws_d2
+    from gnws_d2.finetuning import finetune
+
+    assert gnws_d2.finetune is finetune
+    with pytest.raises(AttributeError, match="'gnws_d2' has no attribute 'fine_tune'"):
+        _ = gnws_d2.fine_tune
 
 
 def test_run_on_a_cpu_imports_no_triton_and_says_nothing_of_kernels():

@@ -38,7 +38,7 @@ def wheel(tmp_path_factory):
     for name in ("gnws_d2", "tools", "configs"):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, checkout / name, symlinks=True, ignore=ignore)
-    for name in ("train_net.py", "setup.py", "pyproject.toml", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, checkout / name)
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "-w", str(tmp_path), str(checkout)], check=True)
@@ -46,7 +46,7 @@ def wheel(tmp_path_factory):
     return wheel
 
 
-def test_wheel_carries_configs_and_table_and_scripts(wheel):
+def test_wheel_carries_configs_and_table_and_commands(wheel):
     shipped = set(zipfile.ZipFile(wheel).namelist())
     for path in (ROOT / "configs").iterdir():
         assert f"gnws_d2/model_zoo/configs/{path.name}" in shipped

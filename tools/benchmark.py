@@ -22,7 +22,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from gnws_tools.arguments import add_dataset_argument
+from cli import add_dataset_argument
 
 MODELS = ["GN+WS", "GN", "GN+WS, reference", "GN, Detectron2", "FrozenBN"]
 ALL_MODELS = [*MODELS, *(f"{name}, AMP" for name in MODELS)]

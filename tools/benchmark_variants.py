@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import gnws_tools  # noqa: F401  (before Detectron2, whose warnings it filters)
+import cli  # noqa: F401  (before Detectron2, whose warnings it filters)
 
 # isort: split
 import cv2

@@ -10,15 +10,17 @@ import os
 import sys
 from typing import Any
 
+import cli  # noqa: F401  (before Detectron2, whose warnings it filters)
+
+# isort: split
 from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
 from gnws_d2 import model_zoo
 from gnws_d2.checkpoint import GNWSCheckpointer
-from gnws_d2.config import load_config
+from gnws_d2.config import check_device, load_config
 from gnws_d2.data import check_datasets, register_coco_datasets
 from gnws_d2.engine import Trainer
-from gnws_d2.engine.checks import check_device
 from gnws_d2.utils.errors import UserError, exit_on_user_error
 from gnws_d2.utils.files import atomic_write
 from gnws_d2.utils.process import keep_freed_memory

@@ -14,7 +14,7 @@ from detectron2.engine import DefaultTrainer
 from detectron2.utils.file_io import PathManager
 
 from ..checkpoint.checkpointer import find_checkpoint
-from ..config import check_choice
+from ..config import check_choice, check_device
 from ..data import check_datasets
 from ..utils.compat import LAUNCHES_ON_CPU, detectron2_version
 from ..utils.errors import UserError
@@ -48,15 +48,6 @@ def check_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
             )
         return
     _check_weights(cfg, args)
-
-
-def check_device(cfg: CfgNode) -> None:
-    """Raise :class:`UserError` if ``MODEL.DEVICE`` is a GPU and there is none."""
-    if cfg.MODEL.DEVICE != "cpu" and not torch.cuda.is_available():
-        raise UserError(
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but PyTorch finds no GPU on this machine: set "
-            "MODEL.DEVICE cpu to run on the CPU."
-        )
 
 
 def check_precision(device: str, precision: str) -> None:

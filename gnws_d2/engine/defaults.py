@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ from ..evaluation import COCOEvaluator, read_results, results_json
 from ..layers import fold_for_inference
 from ..modeling import checkpoint_activations
 from ..modeling.backbone import check_kernels
+from ..prediction.test_time_augmentation import with_tta
 from ..utils.errors import UserError
 from ..utils.process import end_with_parent, keep_freed_memory
 from .hooks import (
@@ -44,9 +45,7 @@ from .hooks import (
     validation_loss,
 )
 from .launch import agree_on_kernels, check_ranks_agree, leave_process_group
-from .recipe import Choice
 from .run_record import RunRecord
-from .test_time_augmentation import with_tta
 from .train_loop import FiniteTrainer
 
 _MAX_LINES = 40  # of a message on the console
@@ -113,12 +112,11 @@ class Trainer(DefaultTrainer):
 
     iter: int
 
-    def __init__(self, cfg: CfgNode, config_file: str = "", choices: Sequence[Choice] = ()):
+    def __init__(self, cfg: CfgNode, config_file: str = ""):
         """
         Args:
             cfg: the config, whose ``OUTPUT_DIR`` exists.
             config_file: the file that it is from, for ``run.json``.
-            choices: those of :func:`derive_recipe`, for ``run.json``, too.
         """
         # The same objects in the same order as in DefaultTrainer, which always wraps the model for
         # a GPU when there are several processes.
@@ -149,7 +147,7 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
-        self.cfg, self._config_file, self._choices = cfg, config_file, choices
+        self.cfg, self._config_file = cfg, config_file
         self._beginning = ""
         self.register_hooks(self.build_hooks())
 
@@ -184,7 +182,7 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             if cfg.WANDB.PROJECT:
                 ret.append(WandbRun(cfg))
-            ret.append(RunRecord(cfg.OUTPUT_DIR, self._config_file, self._choices))
+            ret.append(RunRecord(cfg.OUTPUT_DIR, self._config_file))
         return ret
 
     def resume_or_load(self, resume: bool = True) -> None:

@@ -8,7 +8,6 @@ import platform
 import shlex
 import socket
 import sys
-from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -19,7 +18,6 @@ from detectron2.utils import comm
 from ..utils.compat import detectron2_version
 from ..utils.files import atomic_write
 from .hooks import EarlyStop
-from .recipe import Choice
 
 _PACKAGES = ("torch", "torchvision", "gnws_d2", "numpy", "opencv-python", "triton")
 
@@ -49,7 +47,8 @@ class RunRecord(HookBase):
     resumed, each a dict of
 
     * ``command``, ``config_file``, ``resume``, ``num_processes``, ``num_machines``;
-    * ``choices``: key, value and reason of what was derived from the data;
+    * ``choices``: key, value and reason of what was derived from the data: the content of
+      ``NAME.choices.json`` beside a config file ``NAME.yaml``, which fine-tuning writes;
     * ``machine``: :func:`describe_machine` of the main process;
     * ``start`` and ``end``, local times in ISO format; ``end`` is the last sign of life;
     * ``first_iteration`` and ``iterations``, the number of them that are done;
@@ -61,9 +60,8 @@ class RunRecord(HookBase):
 
     _PERIOD = 20  # iterations between updates, as of Detectron2's PeriodicWriter
 
-    def __init__(self, output_dir: str, config_file: str, choices: Sequence[Choice] = ()):
+    def __init__(self, output_dir: str, config_file: str):
         self._path, self._config_file = os.path.join(output_dir, "run.json"), config_file
-        self._choices = choices
 
     def before_train(self) -> None:
         first = self.trainer.start_iter
@@ -75,7 +73,7 @@ class RunRecord(HookBase):
             {
                 "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
                 "config_file": self._config_file,
-                "choices": [choice._asdict() for choice in self._choices],
+                "choices": self._read_choices(),
                 "resume": first > 0,
                 "num_processes": comm.get_world_size(),
                 "num_machines": comm.get_world_size() // comm.get_local_size(),
@@ -96,6 +94,13 @@ class RunRecord(HookBase):
         early = isinstance(error, EarlyStop)
         status = "stopped" if stopped else "failed" if error and not early else "finished"
         self._write(status, self.trainer.iter + (stopped or early))
+
+    def _read_choices(self) -> list[dict[str, Any]]:
+        path = f"{os.path.splitext(self._config_file)[0]}.choices.json"
+        if not os.path.isfile(path):
+            return []
+        with open(path) as f:
+            return json.load(f)
 
     def _write(self, status: str, iterations: int) -> None:
         self._starts[-1] |= {"end": _now(), "iterations": iterations, "status": status}

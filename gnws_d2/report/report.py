@@ -21,6 +21,7 @@ from tabulate import tabulate
 from .. import model_zoo
 from ..data import check_datasets, read_image, register_coco_datasets
 from ..evaluation import evaluate_results, read_results, read_truth, results_json
+from ..prediction.drawing import draw_objects
 from ..utils.errors import UserError
 from ..utils.files import atomic_write
 from .analysis import (
@@ -35,7 +36,6 @@ from .analysis import (
 )
 from .charts import line_chart
 from .run_dir import Run, read_run
-from .visualizer import draw_objects
 
 _TASKS = {"bbox": "box", "segm": "mask"}
 _PUBLISHED_ON = "coco_2017_val"

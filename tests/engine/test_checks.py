@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-import train_net
+from gnws_d2.engine import train_net
 from gnws_d2.engine.checks import check_precision
 from gnws_d2.utils.errors import UserError
+from gnws_tools.cli import main
 
 QUICK_START = str(ROOT / "configs" / "quick_start.yaml")
 COCO_CONFIG = str(ROOT / "configs" / "mask_rcnn_R50_gnws_2x.yaml")
@@ -30,11 +31,12 @@ def fails(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", ["train_net.py", *args])
         monkeypatch.setattr(train_net, "launch", None)
         with pytest.raises(SystemExit) as e:
-            train_net.invoke_main()
+            main("train")
         assert e.value.code == 2
         out, err = capsys.readouterr()
-        assert out == "" and err.startswith("train_net.py: error: ") and err.count("\n") == 1
-        return err
+        error = err.splitlines()[-1]
+        assert out == "" and error.startswith("train_net.py: error: ") and "Traceback" not in err
+        return error
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
@@ -48,7 +50,7 @@ def test_good_command_is_launched(monkeypatch, tmp_path):
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", QUICK_START])
-    train_net.invoke_main()
+    main("train")
     assert launched == [1]
 
 
@@ -163,7 +165,7 @@ def test_missing_files_of_a_dataset_are_named(fails, photographs, tmp_path):
             "--dataset", name, str(json_file), str(image_root),
             "--config-file", QUICK_START, "DATASETS.TRAIN", f"('{name}',)",
         )  # fmt: skip
-        assert f"{name} does not exist: {missing}" in error
+        assert f"--dataset {name}: {missing} does not exist" in error
 
 
 def test_missing_image_stops_unless_training_skips_it(fails, photographs, tmp_path, monkeypatch):
@@ -184,7 +186,7 @@ def test_missing_image_stops_unless_training_skips_it(fails, photographs, tmp_pa
         train_net, "launch", lambda main, num_gpus, **kwargs: launched.append(num_gpus)
     )
     monkeypatch.setattr(sys, "argv", ["train_net.py", *command, "INPUT.ON_BAD_IMAGE", "skip"])
-    train_net.invoke_main()
+    main("train")
     assert launched == [1]
 
 

@@ -17,13 +17,13 @@ from conftest import ROOT, launches_on_cpu, processes_of_test, wait_for
 from detectron2.utils import comm
 from torch import distributed as dist
 
-import train_net
 from gnws_d2.config import load_config
 from gnws_d2.engine import get_config, lock_output_dir
 from gnws_d2.engine.launch import agree_on_kernels, leave_process_group
 from gnws_d2.layers.kernels import choice
 from gnws_d2.utils.compat import LAUNCHES_ON_CPU, create_local_process_group
 from gnws_d2.utils.errors import UserError
+from gnws_tools.cli import main
 
 QUICK_START = ["--config-file", str(ROOT / "configs" / "quick_start.yaml")]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -31,9 +31,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 # train_net.py without a model: its processes wait for each other until one does what the test says.
 JOB = """
 import os, signal, sys, time
-import train_net
+from gnws_tools.cli import main as run_command
 from detectron2.utils import comm
-from gnws_d2.engine import default_setup, get_config
+from gnws_d2.engine import default_setup, get_config, train_net
 from gnws_d2.utils.errors import UserError
 
 def main(args):
@@ -63,7 +63,7 @@ def main(args):
 
 train_net.main = main
 if __name__ == "__main__":
-    train_net.invoke_main()
+    run_command("train")
 """
 
 
@@ -232,7 +232,7 @@ def fails(monkeypatch, capsys, tmp_path):
     def fails(*args):
         monkeypatch.setattr(sys, "argv", ["train_net.py", *QUICK_START, *args])
         with pytest.raises(SystemExit) as e:
-            train_net.invoke_main()
+            main("train")
         assert e.value.code == 2
         (error,) = capsys.readouterr().err.splitlines()
         assert error.startswith("train_net.py: error: ")

@@ -1,7 +1,6 @@
 """The page of a run, from files as Detectron2 writes them, on a few of the built-in shapes."""
 
 import html
-import importlib
 import json
 import re
 import shutil
@@ -23,6 +22,7 @@ from gnws_d2.evaluation import evaluate_results, read_truth
 from gnws_d2.report import make_report
 from gnws_d2.report.analysis import analyze, find_mistakes, read_matches
 from gnws_d2.utils.errors import UserError
+from gnws_tools.cli import main
 
 NONE = "\N{EN DASH}"
 PUBLISHED_WEIGHTS = ["MODEL.WEIGHTS", "gnws://mask_rcnn_R101_gnws_2x"]
@@ -375,7 +375,7 @@ def test_each_chart_is_drawn_once(page):
 
 def run_tool(monkeypatch, *args):
     monkeypatch.setattr("sys.argv", ["report.py", *map(str, args)])
-    importlib.import_module("gnws_tools.report").main()
+    main("report")
 
 
 def test_the_tool_writes_the_page_and_prints_ap(run, shapes, monkeypatch, capsys):

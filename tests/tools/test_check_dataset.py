@@ -6,7 +6,7 @@ from detectron2.data.datasets import load_coco_json
 
 from gnws_d2 import model_zoo
 from gnws_d2.data import OpenCVDatasetMapper, check_coco_json
-from gnws_tools import check_dataset
+from gnws_tools.cli import main
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def run(monkeypatch, capsys):
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["check_dataset.py", *args])
         with pytest.raises(SystemExit) as e:
-            check_dataset.main()
+            main("check-dataset")
         return e.value.code, *capsys.readouterr()
 
     return run

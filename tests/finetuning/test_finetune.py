@@ -18,16 +18,17 @@ import yaml
 from conftest import ROOT
 from PIL import Image
 
+import gnws_d2
 from gnws_d2.data.formats import read_dataset
-from gnws_tools import finetune
-from gnws_tools.gnws import main
+from gnws_d2.utils.errors import UserError
+from gnws_tools.cli import main
 
 SMALL = ["--model", "quick_start", "--epochs", "1", "--batch-size", "1"]
 KEYS = ["SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "1", "SOLVER.ACCUMULATE_STEPS", "1"]
 
 
 def gnws(command, *args, cwd):
-    code = "from gnws_tools.gnws import main; main()"
+    code = "from gnws_tools.cli import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, command, *map(str, args)],
         cwd=cwd,
@@ -182,7 +183,25 @@ def test_choices_are_shown_recorded_overridden_and_kept_by_resume(small, tmp_pat
     done = gnws("finetune", "--resume", "--output", "out", "SOLVER.MAX_ITER", "3", cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "Resuming" in done.stdout
+    again = json.loads((out / "run.json").read_text())[-1]
+    assert again["resume"] and again["choices"] == start["choices"]
     assert torch.load(out / "model_final.pth")["iteration"] == 2
+
+
+@pytest.mark.ci
+def test_python_trains_and_gets_the_best_checkpoint(small, tmp_path, monkeypatch):
+    root, coco = small
+    as_coco(root, coco)
+    monkeypatch.chdir(tmp_path)
+    out = f"out_{uuid.uuid4().hex}"  # a name is for one dataset in a process
+    options = {"model": "quick_start", "epochs": 1, "batch_size": 1}
+    keys = ["SOLVER.MAX_ITER", 1, "SOLVER.IMS_PER_BATCH", 1, "SOLVER.ACCUMULATE_STEPS", 1]
+    best = gnws_d2.finetune(str(root), output=out, **options, opts=keys)
+    assert best == f"{out}/model_best.pth" and (tmp_path / out / "report.html").is_file()
+    predictor = gnws_d2.Predictor.from_pretrained(best)
+    assert predictor.metadata.thing_classes == ["date", "fig", "hazelnut"]
+    with pytest.raises(UserError, match="gone has no run to --resume"):
+        gnws_d2.finetune(output="gone", resume=True)
 
 
 def picture(path, size=(64, 48), mode="L"):
@@ -246,10 +265,11 @@ def broken_json(root):
 
 
 MISTAKES = [
-    ([], "give either --data DIR or --train"),
+    ([], "Give either --data DIR or --train"),
+    (["--data", ".", "--train", ".", "."], "Give either --data DIR or --train"),
     (["--data", "gone"], "--data gone does not exist"),
     (["--train", "gone.json", "."], "--train gone.json does not exist"),
-    (["--data", ".", "--val", "a", "b"], "give either|--val needs --train"),
+    (["--val", ".", "."], "--val needs --train"),
     (["--data", ".", "--epochs", "0"], "--epochs is at least 1"),
     (["--data", ".", "--patience", "-1"], "--patience is at least 0"),
     (["--resume"], "has no run to --resume"),
@@ -288,7 +308,7 @@ def test_mistake_is_one_sentence(tmp_path, monkeypatch, capsys, what, message):
         args = ["--model", "quick_start", *args]
     monkeypatch.setattr(sys, "argv", ["gnws finetune", *args])
     with pytest.raises(SystemExit) as e:
-        finetune.main()
+        main("finetune")
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert e.value.code == 2 and re.search(message, error), error
     assert error.startswith("gnws finetune: error: ")

@@ -15,13 +15,12 @@ from detectron2.modeling import build_model
 
 from .. import model_zoo
 from ..checkpoint import GNWSCheckpointer
-from ..config import choose_device, load_config
+from ..config import check_device, choose_device, load_config
 from ..data import register_coco_datasets
 from ..data.coco import class_metadata
 from ..data.transforms import OpenCVResizeShortestEdge
 from ..layers import fold_for_inference
 from ..utils.errors import UserError
-from .checks import check_device
 from .test_time_augmentation import with_tta
 
 

@@ -11,15 +11,15 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
-import train_net
 from gnws_d2 import Predictor, model_zoo
 from gnws_d2.checkpoint import GNWSCheckpointer, catalog
 from gnws_d2.config import load_config
 from gnws_d2.data.coco import class_metadata
 from gnws_d2.data.transforms import OpenCVResizeShortestEdge
-from gnws_d2.engine.predictor import find_trained
 from gnws_d2.export import fold_model
+from gnws_d2.prediction import find_trained
 from gnws_d2.utils.errors import UserError
+from gnws_tools.cli import main
 
 NAMES = model_zoo.names()[:8]
 
@@ -102,7 +102,7 @@ def test_every_way_to_load_gives_the_same(
         "OUTPUT_DIR", str(tmp_path / "out"), "DATALOADER.NUM_WORKERS", "0",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", argv)
-    train_net.invoke_main()
+    main("train")
     results = json.loads((tmp_path / "out/inference/coco_instances_results.json").read_text())
     assert [r["score"] for r in results] == pytest.approx(expected.scores.tolist())
     assert [r["category_id"] for r in results] == expected.pred_classes.tolist()

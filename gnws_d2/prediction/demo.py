@@ -14,21 +14,15 @@ import numpy as np
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from tqdm import tqdm
 
-from gnws_d2 import Predictor
-from gnws_d2.config import choose_device, load_config
-from gnws_d2.data import read_image, register_coco_datasets
-from gnws_d2.data.coco import (
-    check_num_classes,
-    check_registered,
-    class_metadata,
-    dataset_classes,
-)
-from gnws_d2.data.dataset_mapper import IMAGE_SUFFIXES, BadImageError
-from gnws_d2.engine.predictor import find_trained
-from gnws_d2.utils.errors import UserError, print_error
-from gnws_d2.utils.files import atomic_write
-from gnws_d2.utils.label_visualizer import LabelVisualizer
-from gnws_d2.utils.process import keep_freed_memory
+from ..config import choose_device, load_config
+from ..data import read_image, register_coco_datasets
+from ..data.coco import check_num_classes, check_registered, class_metadata, dataset_classes
+from ..data.dataset_mapper import IMAGE_SUFFIXES, BadImageError
+from ..utils.errors import UserError, print_error
+from ..utils.files import atomic_write
+from ..utils.process import keep_freed_memory
+from .drawing import LabelVisualizer
+from .predictor import Predictor, find_trained
 
 _MIN_WIDTH = 320  # pixels; smaller images are enlarged so that labels can be read
 _WINDOW = "detections"

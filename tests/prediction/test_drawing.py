@@ -6,7 +6,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.patches import Rectangle
 
-from gnws_d2.utils.label_visualizer import LabelVisualizer, class_color
+from gnws_d2.prediction.drawing import LabelVisualizer, class_color, draw_objects
 
 BOXES = [[100, 100, 220, 160], [102, 99, 221, 161], [104, 98, 219, 162], [250, 5, 318, 238]]
 BOXES += [[-9, 200, 30, 239], [300, 200, 320, 240]]
@@ -87,3 +87,32 @@ def test_classes_have_one_legible_color_each_and_parts_can_be_left_out():
     assert edges == [class_color(0), class_color(1), class_color(0)]
     texts, patches = draw(labels=False, boxes=False)
     assert texts == [] and len(patches) == 3
+
+
+BLUE, RED = (0, 0, 1), (1, 0, 0)
+
+
+def drawn(objects, colors, masks=False):
+    image = np.full((60, 120, 3), 128, np.uint8)
+    return draw_objects(image, objects, [""] * len(objects), colors, masks).astype(int)
+
+
+def test_boxes_are_drawn_where_they_are():
+    picture = drawn([{"bbox": [30, 15, 60, 30]}], [BLUE])
+    assert picture.shape == (240, 480, 3)
+    ys, xs = np.nonzero(picture[:, :, 2] > picture[:, :, 0] + 20)
+    assert [xs.min(), ys.min(), xs.max(), ys.max()] == pytest.approx([120, 60, 360, 180], abs=8)
+    assert (picture[100:140, 200:280] == 128).all()
+
+
+def test_masks_are_drawn_if_asked_for():
+    square = {"bbox": [30, 15, 60, 30], "segmentation": [[30, 15, 90, 15, 90, 45, 30, 45]]}
+    picture = drawn([square], [RED], masks=True)
+    inside = picture[100:140, 200:280]
+    assert (inside[:, :, 0] > inside[:, :, 2] + 20).all()
+    picture = drawn([square], [RED])
+    assert (picture[100:140, 200:280] == 128).all()
+
+
+def test_an_image_without_objects_stays_as_it_is():
+    assert (drawn([], []) == 128).all()

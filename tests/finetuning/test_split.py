@@ -2,7 +2,7 @@ import copy
 
 import pytest
 
-from gnws_d2.data.split import split_dataset, unify_classes
+from gnws_d2.finetuning.split import split_dataset, unify_classes
 
 
 def make_coco(classes_of_images, names=("a", "b", "c")):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from gnws_d2 import model_zoo
-from gnws_d2.engine.recipe import anchor_coverage, derive_recipe, has_masks
+from gnws_d2.finetuning.recipe import anchor_coverage, derive_recipe, has_masks
 
 ZOO = "mask_rcnn_R50_gnws_2x"
 
@@ -21,7 +21,7 @@ def make_coco(num_images, size, box, num_objects=1, masks=True):
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def derive(coco, model=ZOO, epochs=20, images_at_once=None, num_processes=1):
+def derive(coco, model=ZOO, epochs=20, images_at_once=2, num_processes=1):
     return {
         choice.key: choice.value
         for choice in derive_recipe(
@@ -55,14 +55,14 @@ def test_small_data_gets_small_batches_and_a_learning_rate_in_proportion():
 
 
 @pytest.mark.parametrize("num_processes", [1, 3, 4, 8])
-@pytest.mark.parametrize("images_at_once", [None, 1, 3])
+@pytest.mark.parametrize("images_at_once", [1, 2, 3])
 def test_batch_divides_among_processes_and_steps(num_processes, images_at_once):
     for n in (3, 100, 5000):
         coco = make_coco(n, (64, 64), (40, 40))
         keys = derive(coco, num_processes=num_processes, images_at_once=images_at_once)
         batch, steps = keys["SOLVER.IMS_PER_BATCH"], keys["SOLVER.ACCUMULATE_STEPS"]
         assert batch % (num_processes * steps) == 0
-        assert batch // num_processes // steps <= (images_at_once or 2)
+        assert batch // num_processes // steps <= images_at_once
 
 
 @pytest.mark.parametrize("epochs, each", [(1, 1), (30, 1), (60, 2), (61, 3)])
@@ -100,7 +100,7 @@ def test_anchors_come_from_the_boxes_where_those_of_the_config_do_not_cover_them
     coco = make_coco(50, (800, 800), (30, 300))
     before = model_zoo.get_config(ZOO).MODEL.ANCHOR_GENERATOR
     choices = derive_recipe(
-        model_zoo.get_config(ZOO), coco, epochs=1, images_at_once=None, num_processes=1
+        model_zoo.get_config(ZOO), coco, epochs=1, images_at_once=2, num_processes=1
     )
     (choice,) = [c for c in choices if c.key == "MODEL.ANCHOR_GENERATOR.SIZES"]
     assert choice.reason == "k-means: they cover 100% of the boxes, those of the config 0%"

@@ -17,7 +17,6 @@ _COVERED = 0.5  # IoU of a box with its best anchor
 _ENOUGH = 0.9  # share of boxes that are covered, to keep the anchors of the config
 _MIN_ITERATIONS = 500  # with fewer, batches are made smaller
 _MAX_EVALUATIONS = 30
-_IMAGES_AT_ONCE = 2  # per process, as in the recipe
 
 
 class Choice(NamedTuple):
@@ -29,14 +28,14 @@ class Choice(NamedTuple):
 
 
 def derive_recipe(
-    cfg: CfgNode, train: Coco, *, epochs: int, images_at_once: int | None, num_processes: int
+    cfg: CfgNode, train: Coco, epochs: int, images_at_once: int, num_processes: int
 ) -> list[Choice]:
     """
     Args:
         cfg: config of the model, with the schedule of its own training.
         train: the training set in COCO's format, with width, height, bbox and area.
         epochs: the times that each image is seen.
-        images_at_once: the images that a process holds at once (default: 2).
+        images_at_once: the images that a process holds at once.
         num_processes: of the training.
     """
     objects = [a for a in train["annotations"] if not a.get("iscrowd") and min(a["bbox"][2:]) > 0]
@@ -61,9 +60,7 @@ def derive_recipe(
         Choice("INPUT.MAX_SIZE_TEST", max_size, "the longest edge at that size"),
         *_choose_anchors(cfg, boxes.reshape(-1, 2)),
         *_raise_limits(cfg, max(counts.values(), default=0)),
-        *_schedule(
-            cfg, len(train["images"]), epochs, images_at_once or _IMAGES_AT_ONCE, num_processes
-        ),
+        *_schedule(cfg, len(train["images"]), epochs, images_at_once, num_processes),
     ]
 
 

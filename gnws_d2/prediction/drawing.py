@@ -12,6 +12,8 @@ from matplotlib.colors import to_rgb
 _MAX_MOVES = 6  # label heights; further away a label would seem to be another object's
 _GAP = 2  # pixels between labels
 _CROWD = 20  # objects; with more, outlines and labels get smaller, down to half
+_WIDTH = 480  # pixels of a picture of `draw_objects`
+_FONT_SIZE = 11  # points of the labels of its large objects; Detectron2 shrinks those of small ones
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
@@ -84,3 +86,29 @@ def arrange_labels(output: VisImage) -> VisImage:
         pixels = output.ax.transData.transform(label.get_position()) + free.min - box.min
         label.set_position(output.ax.transData.inverted().transform(pixels))
     return output
+
+
+def draw_objects(
+    image: np.ndarray, objects: list[dict[str, Any]], labels: list[str], colors: list, masks: bool
+) -> np.ndarray:
+    """
+    Draw the boxes of annotations or results in COCO's format, and their masks if `masks`.
+
+    Args:
+        image: (H, W, 3), uint8, RGB.
+        labels, colors: one for each object; colors are matplotlib's.
+
+    Returns:
+        (H', 480, 3), uint8, RGB.
+    """
+    boxes = np.array([o["bbox"] for o in objects], dtype=np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    visualizer = LabelVisualizer(image, scale=_WIDTH / image.shape[1])
+    visualizer._default_font_size = _FONT_SIZE / visualizer.output.scale
+    return visualizer.overlay_instances(
+        boxes=boxes,
+        masks=[o["segmentation"] for o in objects] if masks else None,
+        labels=labels,
+        assigned_colors=colors,
+        alpha=0.35,
+    ).get_image()

@@ -1,23 +1,22 @@
 """The command `gnws` runs the scripts, and prints help without importing PyTorch."""
 
 import argparse
-import importlib
 import subprocess
 import sys
 
 import pytest
 from detectron2.engine import default_argument_parser
 
-from gnws_tools import gnws
-from gnws_tools.arguments import train_argument_parser
+from gnws_d2.engine import train_net
 from gnws_tools.benchmark import MODELS
 from gnws_tools.benchmark import argument_parser as benchmark_argument_parser
+from gnws_tools.cli import COMMANDS, add_train_arguments, main
 
 HELP = """
 import sys, time
 sys.argv = ["gnws", *{args}]
 start = time.perf_counter()
-from gnws_tools.gnws import main
+from gnws_tools.cli import main
 try:
     main()
 finally:
@@ -31,7 +30,7 @@ def run(*args):
     return subprocess.run(code, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("command", [None, *gnws.COMMANDS])
+@pytest.mark.parametrize("command", [None, *COMMANDS])
 def test_help_needs_no_pytorch(command):
     done = run(*filter(None, [command]), "--help")
     assert done.returncode == 0, done.stderr
@@ -40,7 +39,7 @@ def test_help_needs_no_pytorch(command):
 
 def test_every_command_is_listed_with_its_description():
     done = run("--help")
-    for command, (_, text) in gnws.COMMANDS.items():
+    for command, (_, text) in COMMANDS.items():
         assert any(line.split() == [command, *text.split()] for line in done.stdout.splitlines())
 
 
@@ -71,7 +70,6 @@ def test_mistakes_end_at_once_with_status_2(args, message):
 
 def test_train_and_eval_are_train_net(monkeypatch):
     called = []
-    train_net = importlib.import_module("gnws_tools.train_net")
     monkeypatch.setattr(train_net, "get_config", called.append)
     monkeypatch.setattr(train_net, "check_setup", lambda *_: sys.exit(7))
     for command in ("train", "eval"):
@@ -79,12 +77,18 @@ def test_train_and_eval_are_train_net(monkeypatch):
             sys, "argv", ["gnws", command, "--config-file", "quick_start", "SEED", "1"]
         )
         with pytest.raises(SystemExit) as e:
-            gnws.main()
+            main()
         assert e.value.code == 7
     train, evaluate = called
     assert not train.eval_only and evaluate.eval_only
     assert train.config_file == evaluate.config_file == "quick_start"
     assert train.opts == evaluate.opts == ["SEED", "1"]
+
+
+def train_argument_parser():
+    parser = argparse.ArgumentParser()
+    add_train_arguments(parser)
+    return parser
 
 
 def options(parser):

@@ -12,7 +12,7 @@ from gnws_d2 import Predictor, model_zoo
 from gnws_d2.checkpoint import GNWSCheckpointer
 from gnws_d2.data import register_coco_datasets
 from gnws_d2.engine import Trainer
-from gnws_d2.engine.test_time_augmentation import OpenCVDatasetMapperTTA, with_tta
+from gnws_d2.prediction.test_time_augmentation import OpenCVDatasetMapperTTA, with_tta
 from gnws_d2.utils.errors import UserError
 
 

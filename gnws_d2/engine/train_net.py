@@ -1,0 +1,61 @@
+"""A job of ``train_net.py``: check it, launch it, and train or evaluate in each process."""
+
+import argparse
+from datetime import timedelta
+
+from detectron2.engine import launch
+from torch import distributed as dist
+
+from ..checkpoint import GNWSCheckpointer
+from ..data.coco import dataset_classes
+from .checks import check_setup
+from .defaults import Trainer, default_setup, get_config
+from .launch import join_torchrun, lock_output_dir, supervise
+
+
+def main(args: argparse.Namespace) -> dict | None:
+    """Train, or evaluate with ``--eval-only``, as one of the processes of a job."""
+    cfg = get_config(args)
+    default_setup(cfg, args)
+
+    if args.eval_only and cfg.TEST.PREDICTIONS:
+        return Trainer.test_predictions(cfg)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        classes = dataset_classes(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else None
+        checkpointer = GNWSCheckpointer(model, cfg.OUTPUT_DIR, strict=True, classes=classes)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        return Trainer.test(cfg, model)
+
+    trainer = Trainer(cfg, args.config_file)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def run(args: argparse.Namespace) -> None:
+    """
+    Check a job, and launch :func:`main`.
+
+    Args:
+        args: the options of ``train_net.py``.
+
+    Raises:
+        UserError: for the first mistake.
+    """
+    cfg = get_config(args)
+    check_setup(cfg, args)
+    with lock_output_dir(cfg, args):
+        if dist.is_torchelastic_launched():
+            join_torchrun(cfg, args)
+            main(args)
+            return
+        with supervise(cfg, args):
+            launch(
+                main,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args,),
+                timeout=timedelta(seconds=cfg.DISTRIBUTED.TIMEOUT),
+            )

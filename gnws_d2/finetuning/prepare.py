@@ -1,0 +1,144 @@
+"""Write what a fine-tuning starts from: the data as COCO, and a config with the reasons for it."""
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from tabulate import tabulate
+
+from .. import model_zoo
+from ..config import choose_device, find_config_file, load_config
+from ..data.check import check_dataset
+from ..data.coco_json import read_coco_json
+from ..data.formats import complete_coco, read_dataset
+from ..utils.errors import UserError
+from ..utils.files import atomic_write
+from .recipe import Choice, Coco, derive_recipe, has_masks
+from .split import split_dataset, unify_classes
+
+_MASK_MODEL, _BOX_MODEL = "mask_rcnn_R50_gnws_2x", "faster_rcnn_R50_gnws_1x"
+
+
+def prepare(
+    config_file: str,
+    *,
+    data: str | None,
+    train: Sequence[str] | None,
+    val: Sequence[str] | None,
+    model: str | None,
+    epochs: int,
+    batch_size: int,
+    num_gpus: int,
+    patience: int,
+    opts: Sequence[Any],
+) -> None:
+    """
+    Write `config_file`, whose directory is ``OUTPUT_DIR``, the reasons for its values beside it
+    (``NAME.choices.json``), and the data in ``data/``. Print the values and the reasons.
+
+    See :func:`gnws_d2.finetune` for the other arguments, and what is raised.
+    """
+    counts = [("epochs", epochs, 1), ("batch-size", batch_size, 1), ("num-gpus", num_gpus, 1)]
+    for name, value, least in [*counts, ("patience", patience, 0)]:
+        if value < least:
+            raise UserError(f"--{name} is at least {least}.")
+    splits, roots, split_reason = _read_splits(data, train, val)
+    model = model or (_MASK_MODEL if has_masks(splits["train"]) else _BOX_MODEL)
+    base = load_config(model, [*opts])
+    choose_device(base)
+    weights = base.MODEL.WEIGHTS
+    if model in model_zoo.names():
+        weights = model_zoo.get_checkpoint_url(model)
+    device_reason = "the config's"
+    if base.MODEL.DEVICE == "cpu":
+        device_reason = f"{os.cpu_count()} cores, for small data; the log has the time left (eta)"
+    output = os.path.dirname(os.path.abspath(config_file))
+    names = [f"{os.path.basename(output)}_{split}" for split in splits]
+    files = [os.path.join(output, "data", f"{split}.json") for split in splits]
+    choices = [
+        Choice("MODEL.WEIGHTS", weights, f"those of {model}"),
+        Choice("MODEL.DEVICE", base.MODEL.DEVICE, device_reason),
+        Choice("DATASETS.COCO", tuple(zip(names, files, roots)), "the data as COCO"),
+        Choice("DATASETS.TRAIN", (names[0],), _describe(splits["train"])),
+        Choice("DATASETS.TEST", (names[1],), f"{_describe(splits['val'])}, {split_reason}"),
+        *derive_recipe(base, splits["train"], epochs, batch_size, num_gpus),
+        Choice("SOLVER.PATIENCE", patience, "--patience"),
+        Choice("OUTPUT_DIR", output, "--output"),
+    ]
+    given = dict(zip(opts[::2], opts[1::2]))
+    choices = [c for c in choices if c.key not in given]
+    values = {c.key: c.value for c in choices} | given
+    try:
+        os.makedirs(os.path.dirname(files[0]), exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--output cannot be written: {e.strerror}: {e.filename}.") from e
+    for file, coco in zip(files, splits.values()):
+        _write_json(file, coco)
+    _write_json(f"{os.path.splitext(config_file)[0]}.choices.json", [c._asdict() for c in choices])
+    with atomic_write(config_file) as f:
+        f.write(_nest({"_BASE_": os.path.abspath(find_config_file(model)), **values}).dump())
+    for file, root in zip(files, roots):
+        _check(file, root)
+    rows = [[c.key, c.value, c.reason] for c in choices if c.key != "DATASETS.COCO"]
+    rows += [[key, value, "given"] for key, value in given.items()]
+    print(tabulate(rows, ["key", "value", "why"], maxcolwidths=[None, 40, 60]) + "\n")
+
+
+def _read_splits(
+    data: str | None, train: Sequence[str] | None, val: Sequence[str] | None
+) -> tuple[dict[str, Coco], list[str], str]:
+    """Return the COCO dict of "train" and "val", their image roots, and how they were split."""
+    if data and not train and not val:
+        source, splits, roots = data, read_dataset(data), [data] * 2
+    elif train and not data:
+        (source, root), (val_source, val_root) = train, val or train
+        splits, roots = {"all": complete_coco(read_coco_json(source))}, [root, val_root]
+        if val:
+            splits = {"train": splits["all"], "val": complete_coco(read_coco_json(val_source))}
+    elif val and not train:
+        raise UserError("--val needs --train.")
+    else:
+        raise UserError("Give either --data DIR or --train ANNOTATIONS.json IMAGE_ROOT.")
+    unify_classes(splits)
+    reason = "the data's own split"
+    if "all" in splits:
+        if len(splits["all"]["images"]) < 2:
+            raise UserError(f"{source} has one image, which cannot be split: give --val as well.")
+        splits, reason = split_dataset(splits["all"]), "split by image, seed 0"
+    for name, coco in splits.items():
+        if not any(not a.get("iscrowd") for a in coco["annotations"]):
+            raise UserError(f"{source}: no image of the split {name} has an object.")
+    return splits, [os.path.abspath(root) for root in roots], reason
+
+
+def _check(json_file: str, image_root: str) -> None:
+    """Open all images, so that training does not stop at one hours later."""
+    errors = [i.message for i in check_dataset(json_file, image_root) if i.level == "error"]
+    if errors:
+        raise UserError(
+            f"{json_file}: {errors[0]} ({len(errors)} errors in all: gnws check-dataset "
+            f"{json_file} {image_root} lists them.)"
+        )
+
+
+def _describe(coco: Coco) -> str:
+    return f"{len(coco['images'])} images, {len(coco['annotations'])} objects"
+
+
+def _nest(values: dict[str, Any]) -> CfgNode:
+    """Return a config with the values, whose keys are whole, as "MODEL.DEVICE"."""
+    cfg = CfgNode()
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        node = cfg
+        for section in sections:
+            node = node.setdefault(section, CfgNode())
+        node[name] = CfgNode._decode_cfg_value(value)
+    return cfg
+
+
+def _write_json(path: str, content: Any) -> None:
+    with atomic_write(path) as f:
+        json.dump(content, f)

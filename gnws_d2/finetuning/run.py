@@ -1,0 +1,76 @@
+"""From a dataset to a trained model and a page about it."""
+
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+from ..engine.train_net import run
+from ..report import make_report
+from ..utils.errors import UserError
+from .prepare import prepare
+
+
+def finetune(
+    data: str | None = None,
+    *,
+    output: str,
+    train: Sequence[str] | None = None,
+    val: Sequence[str] | None = None,
+    model: str | None = None,
+    epochs: int = 20,
+    batch_size: int = 2,
+    num_gpus: int = 1,
+    patience: int = 0,
+    resume: bool = False,
+    opts: Sequence[Any] = (),
+) -> str:
+    """
+    Derive a config from a dataset, train, evaluate the best checkpoint, and write ``report.html``.
+
+    Examples:
+    ::
+        if __name__ == "__main__":  # with several processes, each of which imports the script
+            best = gnws_d2.finetune("my_pictures", output="output/mine", num_gpus=2)
+        predictor = gnws_d2.Predictor.from_pretrained("output/mine")
+
+    Args:
+        data: directory of a dataset: see :func:`read_dataset`.
+        output: ``OUTPUT_DIR`` of the run. The config is written to ``finetune.yaml`` in it.
+        train: instead of `data`, the annotation file and the image directory of a COCO dataset.
+        val: the same of the validation set (default: a fifth of the images of `train`).
+        model: name of a model of the zoo, or a config file (default: Mask R-CNN R-50, or Faster
+            R-CNN R-50 if not all objects have masks).
+        epochs: the times that each image is seen.
+        batch_size: the images that a process holds at once; it accumulates the rest of a batch.
+        num_gpus: the number of GPUs, or of processes with ``MODEL.DEVICE cpu``.
+        patience: stop after this number of evaluations without a better AP; 0 for never.
+        resume: continue the run in `output`, with its data and config. Only `num_gpus` and `opts`
+            are used.
+        opts: KEY VALUE pairs that override the derived config.
+
+    Returns:
+        The path of the best checkpoint.
+
+    Raises:
+        UserError: for the first mistake in the arguments or the data.
+    """
+    config_file = os.path.join(output, "finetune.yaml")
+    if not resume:
+        prepare(
+            config_file, data=data, train=train, val=val, model=model, epochs=epochs,
+            batch_size=batch_size, num_gpus=num_gpus, patience=patience, opts=opts,
+        )  # fmt: skip
+    elif not os.path.isfile(config_file):
+        raise UserError(f"--output {output} has no run to --resume: no finetune.yaml in it.")
+    job = Namespace(
+        config_file=config_file, resume=resume, eval_only=False, num_gpus=num_gpus,
+        num_machines=1, machine_rank=0, dist_url="auto", dataset=[], opts=[*opts],
+    )  # fmt: skip
+    run(job)
+    paths = [os.path.join(output, name) for name in ("model_best.pth", "model_final.pth")]
+    best = next(filter(os.path.isfile, paths))
+    job.eval_only, job.resume, job.opts = True, False, [*opts, "MODEL.WEIGHTS", best]
+    run(job)
+    make_report(output, [])
+    return best
