@@ -4,7 +4,6 @@ imported after the arguments are parsed: --help and mistakes in them do not wait
 """
 
 import argparse
-import contextlib
 import ctypes
 import json
 import logging
@@ -239,7 +238,7 @@ def export(parser: ArgumentParser) -> None:
     text += "before and after on the first dataset of DATASETS.TEST"
     add("--int8", action="store_true", help=text)
     text = "refuse an int8 model with an AP that falls by more points (default: 1)"
-    add("--max-drop", type=_points, metavar="POINTS", help=text)
+    add("--max-drop", type=float, metavar="POINTS", help=text)
     add_dataset_argument(parser)
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys, at the end")
     args = parser.parse_args()
@@ -247,7 +246,9 @@ def export(parser: ArgumentParser) -> None:
         parser.error(f"--int8 needs --format onnx, not {args.format}")
     if args.max_drop is not None and not args.int8:
         parser.error("--max-drop needs --int8")
-    max_drop = (1.0 if args.max_drop is None else args.max_drop) if args.int8 else None
+    max_drop = 1.0 if args.max_drop is None else args.max_drop
+    if not max_drop >= 0:  # or NaN
+        parser.error(f"argument --max-drop: {max_drop:g} is not a number of points, 0 or more")
     from detectron2.utils.logger import setup_logger
 
     from gnws_d2.config import choose_device, load_config
@@ -259,14 +260,8 @@ def export(parser: ArgumentParser) -> None:
     cfg = load_config(args.config_file, args.opts, args.dataset)
     register_coco_datasets(cfg.DATASETS.COCO)
     choose_device(cfg)
-    export_model(cfg, args.format, args.output, args.images, max_drop)
-
-
-def _points(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if float(text) >= 0:  # not NaN
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is not a number of points, 0 or more")
+    drop = max_drop if args.int8 else None
+    export_model(cfg, args.format, args.output, args.images, drop)
 
 
 def check_dataset(parser: ArgumentParser) -> int:

@@ -30,18 +30,11 @@ TOLERANCE = 0.1  # AP, in percent: the published figures have one digit
 
 def reproduce_row(name: str, opts: list[str]) -> dict[str, Any]:
     """
-    Evaluate the published weights of a model.
-
-    Args:
-        name: a model of the zoo.
-        opts: KEY VALUE pairs that override its config.
+    Evaluate the published weights of a model of the zoo, with KEY VALUE pairs for its config.
 
     Returns:
         ``name``, the published and the measured AP and their difference in percent for boxes and
         masks, and ``result``: "ok", "off by ...", or why weights or data are missing.
-
-    Raises:
-        UserError: if `opts` are wrong or there is no ``MODEL.DEVICE``.
     """
     (published,) = (row for row in model_zoo.table() if row["name"] == name)
     row: dict[str, Any] = {"name": name}

@@ -33,15 +33,7 @@ def main(args: argparse.Namespace) -> dict | None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """
-    Check a job, and launch :func:`main`.
-
-    Args:
-        args: the options of ``train_net.py``.
-
-    Raises:
-        UserError: for the first mistake.
-    """
+    """Check a job, by the options of ``train_net.py``, and launch :func:`main`."""
     cfg = get_config(args)
     check_setup(cfg, args)
     with lock_output_dir(cfg, args):

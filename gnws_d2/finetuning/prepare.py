@@ -5,11 +5,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from detectron2.config import CfgNode
 from tabulate import tabulate
 
 from .. import model_zoo
-from ..config import choose_device, find_config_file, load_config
+from ..config import choose_device, load_config
 from ..data.check import check_dataset
 from ..data.coco_json import read_coco_json
 from ..data.formats import complete_coco, read_dataset
@@ -46,30 +45,30 @@ def prepare(
             raise UserError(f"--{name} is at least {least}.")
     splits, roots, split_reason = _read_splits(data, train, val)
     model = model or (_MASK_MODEL if has_masks(splits["train"]) else _BOX_MODEL)
-    base = load_config(model, [*opts])
-    choose_device(base)
-    weights = base.MODEL.WEIGHTS
-    if model in model_zoo.names():
-        weights = model_zoo.get_checkpoint_url(model)
+    cfg = load_config(model, [*opts])
+    choose_device(cfg)
+    published = model in model_zoo.names()
+    weights = model_zoo.get_checkpoint_url(model) if published else cfg.MODEL.WEIGHTS
     device_reason = "the config's"
-    if base.MODEL.DEVICE == "cpu":
+    if cfg.MODEL.DEVICE == "cpu":
         device_reason = f"{os.cpu_count()} cores, for small data; the log has the time left (eta)"
     output = os.path.dirname(os.path.abspath(config_file))
     names = [f"{os.path.basename(output)}_{split}" for split in splits]
     files = [os.path.join(output, "data", f"{split}.json") for split in splits]
     choices = [
         Choice("MODEL.WEIGHTS", weights, f"those of {model}"),
-        Choice("MODEL.DEVICE", base.MODEL.DEVICE, device_reason),
+        Choice("MODEL.DEVICE", cfg.MODEL.DEVICE, device_reason),
         Choice("DATASETS.COCO", tuple(zip(names, files, roots)), "the data as COCO"),
         Choice("DATASETS.TRAIN", (names[0],), _describe(splits["train"])),
         Choice("DATASETS.TEST", (names[1],), f"{_describe(splits['val'])}, {split_reason}"),
-        *derive_recipe(base, splits["train"], epochs, batch_size, num_gpus),
+        *derive_recipe(cfg, splits["train"], epochs, batch_size, num_gpus),
         Choice("SOLVER.PATIENCE", patience, "--patience"),
         Choice("OUTPUT_DIR", output, "--output"),
     ]
     given = dict(zip(opts[::2], opts[1::2]))
     choices = [c for c in choices if c.key not in given]
-    values = {c.key: c.value for c in choices} | given
+    cfg.defrost()
+    cfg.merge_from_list([item for c in choices for item in (c.key, c.value)])
     try:
         os.makedirs(os.path.dirname(files[0]), exist_ok=True)
     except OSError as e:
@@ -78,7 +77,7 @@ def prepare(
         _write_json(file, coco)
     _write_json(f"{os.path.splitext(config_file)[0]}.choices.json", [c._asdict() for c in choices])
     with atomic_write(config_file) as f:
-        f.write(_nest({"_BASE_": os.path.abspath(find_config_file(model)), **values}).dump())
+        f.write(cfg.dump())
     for file, root in zip(files, roots):
         _check(file, root)
     rows = [[c.key, c.value, c.reason] for c in choices if c.key != "DATASETS.COCO"]
@@ -125,18 +124,6 @@ def _check(json_file: str, image_root: str) -> None:
 
 def _describe(coco: Coco) -> str:
     return f"{len(coco['images'])} images, {len(coco['annotations'])} objects"
-
-
-def _nest(values: dict[str, Any]) -> CfgNode:
-    """Return a config with the values, whose keys are whole, as "MODEL.DEVICE"."""
-    cfg = CfgNode()
-    for key, value in values.items():
-        *sections, name = key.split(".")
-        node = cfg
-        for section in sections:
-            node = node.setdefault(section, CfgNode())
-        node[name] = CfgNode._decode_cfg_value(value)
-    return cfg
 
 
 def _write_json(path: str, content: Any) -> None:

@@ -46,14 +46,11 @@ def derive_recipe(
     boxes = np.array([np.multiply(a["bbox"][2:], scales[a["image_id"]]) for a in objects])
     counts = Counter(a["image_id"] for a in train["annotations"])
     masks = has_masks(train)
+    mask_reason = f"{'all' if masks else 'not all'} objects have a mask, the model predicts "
+    mask_reason += "masks" if cfg.MODEL.MASK_ON else "boxes"
     return [
         Choice("MODEL.ROI_HEADS.NUM_CLASSES", len(train["categories"]), "classes with objects"),
-        Choice(
-            "MODEL.MASK_ON",
-            masks and cfg.MODEL.MASK_ON,
-            f"{'all' if masks else 'not all'} objects have a mask, the model "
-            f"{'predicts masks' if cfg.MODEL.MASK_ON else 'boxes'}",
-        ),
+        Choice("MODEL.MASK_ON", masks and cfg.MODEL.MASK_ON, mask_reason),
         Choice("INPUT.MIN_SIZE_TRAIN", (edge,), reason),
         Choice("INPUT.MIN_SIZE_TEST", edge, reason),
         Choice("INPUT.MAX_SIZE_TRAIN", max_size, "the longest edge at that size"),
@@ -160,21 +157,17 @@ def _schedule(
     period = epochs_each * math.ceil(num_images / batch)
     when = "each epoch" if epochs_each == 1 else f"each {epochs_each} epochs"
     lr = solver.BASE_LR * batch / solver.IMS_PER_BATCH
-    steps = {round(step / solver.MAX_ITER * iterations) for step in solver.STEPS}
+    drops = {round(step / solver.MAX_ITER * iterations) for step in solver.STEPS}
+    steps = tuple(sorted(s for s in drops if 0 < s < iterations))
+    warmup = min(solver.WARMUP_ITERS, iterations // 10)
     return [
         Choice("SOLVER.REFERENCE_WORLD_SIZE", 0, "the numbers below are used as they are"),
         Choice("SOLVER.IMS_PER_BATCH", batch, reason),
         Choice("SOLVER.ACCUMULATE_STEPS", accumulate_steps, f"{images_at_once} images at once"),
         Choice("SOLVER.BASE_LR", lr, f"the recipe's {solver.BASE_LR:g} by the batch size"),
         Choice("SOLVER.MAX_ITER", iterations, f"{epochs} epochs of {num_images} images"),
-        Choice(
-            "SOLVER.STEPS",
-            tuple(sorted(s for s in steps if 0 < s < iterations)),
-            "at the same shares as in the recipe",
-        ),
-        Choice(
-            "SOLVER.WARMUP_ITERS", min(solver.WARMUP_ITERS, iterations // 10), "at most a tenth"
-        ),
+        Choice("SOLVER.STEPS", steps, "at the same shares as in the recipe"),
+        Choice("SOLVER.WARMUP_ITERS", warmup, "at most a tenth"),
         Choice("TEST.EVAL_PERIOD", period, when),
         Choice("TEST.VALIDATION_LOSS", True, "at each evaluation"),
         Choice("SOLVER.CHECKPOINT_PERIOD", period, "at each evaluation"),

@@ -222,7 +222,7 @@ def test_dataset_without_objects_is_an_error(small, tmp_path):
         ("--format onnx --max-drop 1", "--max-drop needs --int8"),
         ("--format onnx --int8 --max-drop nan", "--max-drop: nan is not a number of points, 0 or"),
         ("--format onnx --int8 --max-drop -1", "--max-drop: -1 is not a number of points"),
-        ("--format onnx --int8 --max-drop 1%", "--max-drop: 1% is not a number of points"),
+        ("--format onnx --int8 --max-drop 1%", "--max-drop: invalid float value: '1%'"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(args, message, monkeypatch, capsys):
