@@ -294,7 +294,7 @@ def check_dataset(parser: ArgumentParser) -> int:
 
 
 def benchmark(parser: ArgumentParser) -> None:
-    sys.path.insert(0, os.path.dirname(__file__))  # as of a script
+    sys.path.insert(0, os.path.dirname(__file__))  # as when it is run as a script
     from benchmark import main
 
     main()
