@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..utils.errors import UserError
+from ..utils.process import num_usable_cores
 from .coco_json import COCO_ITEMS, read_coco_json
 from .dataset_mapper import BadImageError, read_image
 from .screening import screen_annotations, screen_images
@@ -110,7 +111,7 @@ def check_dataset(json_file: str, image_root: str, *, open_images: bool = True) 
             if image.get("id") not in unusable
         ]
         # OpenCV and Pillow release the GIL while they decode.
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(num_usable_cores()) as pool:
             found = tqdm(pool.map(_find_file_issues, images), "Opening images", len(images))
             issues += itertools.chain(*found)
     return issues

@@ -28,6 +28,7 @@ from ..config import flatten_config
 from ..layers.kernels import choice
 from ..utils.compat import create_local_process_group, detectron2_version
 from ..utils.errors import RunError, UserError
+from ..utils.process import num_usable_cores
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -69,7 +70,7 @@ def supervise(cfg: CfgNode, args: argparse.Namespace) -> Iterator[None]:
     """
     if cfg.MODEL.DEVICE == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the launcher takes Gloo if it sees no GPU
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.num_gpus)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_usable_cores() // args.num_gpus)))
     if args.num_gpus * args.num_machines == 1:  # the launcher starts no process
         yield
         return

@@ -14,6 +14,7 @@ from ..data.coco_json import read_coco_json
 from ..data.formats import complete_coco, read_dataset
 from ..utils.errors import UserError
 from ..utils.files import atomic_write
+from ..utils.process import num_usable_cores
 from .recipe import Choice, Coco, derive_recipe, has_masks
 from .split import split_dataset, unify_classes
 
@@ -51,7 +52,8 @@ def prepare(
     weights = model_zoo.get_checkpoint_url(model) if published else cfg.MODEL.WEIGHTS
     device_reason = "the config's"
     if cfg.MODEL.DEVICE == "cpu":
-        device_reason = f"{os.cpu_count()} cores, for small data; the log has the time left (eta)"
+        cores = num_usable_cores()
+        device_reason = f"{cores} cores, for small data; the log has the time left (eta)"
     output = os.path.dirname(os.path.abspath(config_file))
     names = [f"{os.path.basename(output)}_{split}" for split in splits]
     files = [os.path.join(output, "data", f"{split}.json") for split in splits]

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,13 @@ from collections.abc import Iterator
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+def num_usable_cores() -> int:
+    """Return the number of cores that this process may use: a job may have a part of a machine."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:

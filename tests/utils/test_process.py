@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from gnws_d2.utils.process import num_usable_cores
+
 FAULTS = """
 import resource, sys, torch
 from gnws_d2.utils.process import keep_freed_memory
@@ -32,3 +34,14 @@ def test_freed_memory_is_kept_or_given_back(keep):
     pages = 64 * 2**20 // resource.getpagesize()
     # Where the system gives large pages, a fault may give 2 MiB.
     assert int(done.stdout) < 10 if keep else int(done.stdout) >= pages // 512
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="for Linux")
+def test_cores_are_those_that_the_process_may_use():
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert num_usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert num_usable_cores() == len(allowed)
