@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import small_mask_rcnn
 
 # In turns in processes of their own, the least time of each.
 CODE = """
@@ -42,9 +43,38 @@ conv(torch.ones(1, 3, 8, 8)).sum().backward()
 print(*sorted(m for m in set(sys.modules) - before if "triton" in m or ".kernels." in m))
 """
 
+# What Python lacks on Windows, where a directory cannot be opened, either. Detectron2 and what it
+# needs is imported before.
+ON_WINDOWS = """
+import os, signal, sys
+import detectron2.checkpoint, detectron2.engine, detectron2.modeling
+import numpy as np
+import torch
+for name in ("fcntl", "grp", "pwd", "resource", "termios"):
+    sys.modules[name] = None
+for module, names in (
+    (signal, "SIGKILL SIGHUP SIGALRM pthread_sigmask sigwaitinfo SIG_BLOCK SIG_SETMASK"),
+    (os, "fork register_at_fork sched_getaffinity killpg getpgid geteuid getuid uname"),
+):
+    for name in names.split():
+        if hasattr(module, name):
+            delattr(module, name)
+sys.platform = "win32"
+open_file = os.open
+def open_no_directory(path, *args, **kwargs):
+    if os.path.isdir(path):
+        raise PermissionError(13, "Permission denied", path)
+    return open_file(path, *args, **kwargs)
+os.open = open_no_directory
+import gnws_d2
+predictor = gnws_d2.Predictor.from_pretrained(sys.argv[1])
+print(predictor(np.zeros((64, 64, 3), np.uint8))["instances"].image_size)
+gnws_d2.checkpoint.GNWSCheckpointer(predictor.model, sys.argv[1]).save("again")
+"""
 
-def run(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+def run(code, *args):
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "kernel" not in done.stderr.lower() and "triton" not in done.stderr.lower()
     return done.stdout
@@ -66,6 +96,13 @@ def test_finetune_is_imported_when_it_is_used():
 def test_run_on_a_cpu_imports_no_triton_and_says_nothing_of_kernels():
     choice = [f"gnws_d2.layers.kernels.{name}" for name in ("check", "choice")]
     assert run(NO_KERNELS).split() == choice
+
+
+def test_predictor_needs_nothing_that_windows_lacks(tmp_path):
+    cfg = small_mask_rcnn(tmp_path / "model_final.pth", ["fig"])
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    assert run(ON_WINDOWS, str(tmp_path)).split() == ["(64,", "64)"]
+    assert (tmp_path / "again.pth").is_file()
 
 
 @pytest.mark.ci

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import fcntl
 import glob
 import hashlib
 import itertools
@@ -129,6 +128,8 @@ def lock_output_dir(cfg: CfgNode, args: argparse.Namespace) -> Iterator[None]:
         ) from e
     with lock:
         try:
+            import fcntl  # not on Windows, where a Predictor imports this file, too
+
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
@@ -136,7 +137,7 @@ def lock_output_dir(cfg: CfgNode, args: argparse.Namespace) -> Iterator[None]:
                 f"OUTPUT_DIR {output_dir} is in use by {lock.read() or 'another run'}: wait until "
                 "it has ended, or set another OUTPUT_DIR."
             ) from None
-        except OSError:  # a file system without locks
+        except (ImportError, OSError):  # a file system without locks
             pass
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%F %T}")

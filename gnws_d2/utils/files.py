@@ -31,7 +31,10 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
             os.fsync(f.fileno())
         os.replace(part, path)
         # The new name is an entry of the directory, which has to reach the disk too.
-        directory = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        try:
+            directory = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        except PermissionError:  # Windows opens no directories
+            return
         try:
             os.fsync(directory)
         finally:
