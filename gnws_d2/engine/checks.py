@@ -59,14 +59,15 @@ def check_precision(device: str, precision: str) -> None:
     if device == "cpu" and not (precision == "bfloat16" and _cpu_has_bfloat16()):
         raise UserError(
             f"SOLVER.AMP.PRECISION {precision} is not for this CPU, which would emulate it (only "
-            "bfloat16, with AVX512_BF16 or AMX): set SOLVER.AMP.ENABLED False."
+            "bfloat16, with AVX512_BF16, AMX, or BF16 of ARM): set SOLVER.AMP.ENABLED False."
         )
 
 
 def _cpu_has_bfloat16() -> bool:
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
-        flags = next((line.split() for line in f if line.startswith("flags")), [])
-        return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+        # "flags" on x86, "Features" on ARM.
+        flags = next((line.split() for line in f if line.startswith(("flags", "Features"))), [])
+        return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
     return False
 
 

@@ -128,10 +128,13 @@ def test_mistake_is_named(fails, args, message):
         ("cpu", "bfloat16", "avx2 avx512f", True),
         ("cpu", "bfloat16", "avx512f avx512_bf16", False),
         ("cpu", "bfloat16", "amx_bf16", False),
+        ("cpu", "bfloat16", "asimd svei8mm", True),
+        ("cpu", "bfloat16", "asimd bf16 svebf16", False),
     ],
 )
 def test_precision_that_a_cpu_emulates_is_refused(monkeypatch, device, precision, flags, refused):
-    cpuinfo = f"processor : 0\nflags\t\t: fpu {flags}\n"
+    name = "Features\t" if "asimd" in flags else "flags\t\t"
+    cpuinfo = f"processor : 0\n{name}: fpu {flags}\n"
     monkeypatch.setattr("builtins.open", lambda path: io.StringIO(cpuinfo))
     if refused:
         with pytest.raises(UserError, match=rf"SOLVER\.AMP\.PRECISION .*{precision}"):
