@@ -29,8 +29,9 @@ def fold_model(model: nn.Module, cfg: CfgNode) -> tuple[nn.Module, CfgNode]:
     """
     stock = STOCK_CONFIG.clone()
     known = flatten_config(stock)
-    own = flatten_config(cfg).items()
-    stock.merge_from_list(list(chain(*((key, repr(v)) for key, v in own if key in known))))
+    own = [item for item in flatten_config(cfg.clone()).items() if item[0] in known]
+    # A string is parsed as Python; inf would have no notation there.
+    stock.merge_from_list(list(chain(*((k, repr(v) if isinstance(v, str) else v) for k, v in own))))
     for node in (stock.MODEL.BACKBONE, stock.MODEL.ROI_BOX_HEAD, stock.MODEL.ROI_MASK_HEAD):
         node.NAME = STOCK_NAMES.get(node.NAME, node.NAME)
     folded = build_model(stock)

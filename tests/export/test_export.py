@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import runpy
 import subprocess
@@ -20,7 +21,7 @@ from torchvision.ops import box_iou
 
 from gnws_d2 import Predictor, model_zoo
 from gnws_d2.data import OpenCVDatasetMapper
-from gnws_d2.export import export, export_model
+from gnws_d2.export import export, export_model, fold_model
 from gnws_d2.utils.errors import RunError, UserError
 
 TOOL = str(Path(__file__).parent.parent.parent / "tools" / "export_model.py")
@@ -247,6 +248,14 @@ def test_plain_group_norm_model_is_exported_too(small, photographs, tmp_path):
     assert export_model(cfg, "torchscript", str(tmp_path), str(image)) > 0
     (actual,) = run_user("torchscript", tmp_path, read(cfg, image))
     assert_same(actual, eager(cfg, read(cfg, image))[0])
+
+
+def test_folded_config_keeps_values_that_python_cannot_read_back():
+    cfg = model_zoo.get_config("quick_start")
+    cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE = math.inf
+    cfg.OUTPUT_DIR = "1"
+    _, stock = fold_model(build_model(cfg), cfg)
+    assert stock.SOLVER.CLIP_GRADIENTS.NORM_TYPE == math.inf and stock.OUTPUT_DIR == "1"
 
 
 def test_missing_packages_are_named(small, photographs, tmp_path, monkeypatch):
