@@ -1,9 +1,10 @@
 """Hooks for checkpoints, signals, validation loss, and Weights & Biases."""
 
-import glob
+import contextlib
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -25,12 +26,32 @@ from .train_loop import FiniteTrainer
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
-    """Detectron2's hook whose ``max_to_keep`` counts the checkpoints from before a resume, too."""
+    """
+    Detectron2's hook whose ``max_to_keep`` also counts the checkpoints from before a resume, but
+    none of another run that used the same directory.
+    """
 
-    def before_train(self) -> None:
-        super().before_train()
-        pattern = os.path.join(glob.escape(self.checkpointer.save_dir), f"model_{'[0-9]' * 7}.pth")
-        self.recent_checkpoints = sorted(glob.glob(pattern))
+    def after_step(self) -> None:
+        super().after_step()
+        # Detectron2 removes one at a time; after a resume there may be more.
+        while self.max_to_keep and len(self.recent_checkpoints) > self.max_to_keep:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.recent_checkpoints.pop(0))
+
+    def state_dict(self) -> dict[str, Any]:
+        names = [os.path.basename(path) for path in self.recent_checkpoints]
+        iteration = min(self.trainer.iter, self.trainer.max_iter - 1)
+        if (iteration + 1) % self.period == 0:  # it may be the one that is being written
+            names.append(f"{self.file_prefix}_{iteration:07d}.pth")
+        return {"recent_checkpoints": list(dict.fromkeys(names))}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        names = state_dict["recent_checkpoints"]
+        last = os.path.basename(self.checkpointer.get_checkpoint_file())
+        if re.fullmatch(rf"{self.file_prefix}_\d{{7}}\.pth", last):  # also the one of a signal
+            names = [*names, last]
+        paths = [os.path.join(self.checkpointer.save_dir, name) for name in dict.fromkeys(names)]
+        self.recent_checkpoints = list(filter(os.path.isfile, paths))
 
 
 class EarlyStop(BaseException):

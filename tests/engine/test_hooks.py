@@ -56,15 +56,32 @@ def names(output_dir):
 
 
 def test_newest_checkpoints_are_kept_and_those_from_before_a_resume_count(tmp_path):
-    hooks = [lambda checkpointer: PeriodicCheckpointer(checkpointer, 2, max_to_keep=2)]
-    Trainer(tmp_path, hooks).train(0, 7)
-    assert names(tmp_path) == ["model_0000003", "model_0000005", "model_final"]
-    for name in ("model_best", "model_0000004x"):
-        (tmp_path / f"{name}.pth").write_bytes(b"")
-    Trainer(tmp_path, hooks).train(7, 10)
-    assert names(tmp_path) == [
-        "model_0000004x", "model_0000007", "model_0000009", "model_best", "model_final"
-    ]  # fmt: skip
+    def stop(iteration):
+        if iteration == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    hooks = [lambda c: PeriodicCheckpointer(c, 2, max_to_keep=2), StopOnSignal]
+    with pytest.raises(SystemExit):
+        Trainer(tmp_path, hooks, stop).train(0, 10)
+    assert names(tmp_path) == ["model_0000003", "model_0000005", "model_0000006"]
+    trainer = Trainer(tmp_path, hooks)
+    trainer.train(trainer.resume(), 9)
+    assert names(tmp_path) == ["model_0000006", "model_0000007", "model_final"]
+    trainer = Trainer(tmp_path, hooks)
+    (tmp_path / "last_checkpoint").write_text("model_0000007.pth")
+    trainer.train(trainer.resume(), 12)
+    assert names(tmp_path) == ["model_0000009", "model_0000011", "model_final"]
+
+
+def test_checkpoints_of_another_run_in_the_same_directory_stay(tmp_path):
+    others = ["model_0000000", "model_0000004", "model_0000008", "model_best"]
+    for name in others:
+        (tmp_path / f"{name}.pth").write_bytes(b"of another run")
+    hooks = [lambda checkpointer: PeriodicCheckpointer(checkpointer, 2, max_to_keep=1)]
+    Trainer(tmp_path, hooks).train(0, 4)
+    trainer = Trainer(tmp_path, hooks)
+    trainer.train(trainer.resume(), 7)
+    assert names(tmp_path) == sorted([*others, "model_0000005", "model_final"])
 
 
 def test_all_checkpoints_are_kept_by_default(tmp_path):
