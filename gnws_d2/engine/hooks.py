@@ -215,7 +215,8 @@ class WandbRun(HookBase):
     def after_train(self) -> None:
         import wandb
 
-        wandb.finish(exit_code=int(self.trainer.iter + 1 < self.trainer.max_iter))
+        error = sys.exc_info()[1]
+        wandb.finish(exit_code=int(error is not None and not isinstance(error, EarlyStop)))
 
     def state_dict(self) -> dict[str, Any]:
         return {"id": self._id}

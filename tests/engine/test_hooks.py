@@ -1,5 +1,8 @@
+import contextlib
 import os
 import signal
+import sys
+from types import SimpleNamespace
 
 import cv2
 import pytest
@@ -194,6 +197,24 @@ def test_weights_and_biases_gets_the_config_and_goes_on_when_resumed(tmp_path, m
     trainer.train(trainer.resume(), 2)
     Trainer(tmp_path, hooks, look).train(0, 1)
     assert runs[0] == runs[1] == ("shapes", runs[0][1], 0.05) and runs[2][1] != runs[0][1]
+
+
+@pytest.mark.parametrize("error, exit_code", [(None, 0), (EarlyStop, 0), (ValueError, 1)])
+def test_early_stop_is_not_a_failure_at_weights_and_biases(tmp_path, monkeypatch, error, exit_code):
+    def do(iteration):
+        if error and iteration == 1:
+            raise error
+
+    codes = []
+    wandb = SimpleNamespace(
+        init=lambda **kwargs: SimpleNamespace(id="1"),
+        finish=lambda exit_code: codes.append(exit_code),
+        Error=RuntimeError,
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        Trainer(tmp_path, [lambda _: WandbRun(load_config("quick_start", []))], do).train(0, 2)
+    assert codes == [exit_code]
 
 
 def test_validation_loss_is_the_mean_over_the_images(shapes_root, monkeypatch):
