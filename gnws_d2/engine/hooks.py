@@ -121,6 +121,7 @@ class StopOnSignal(HookBase):
         self._checkpointer, self._loop = checkpointer, loop
         self._in_step = True
         self._stopping = False
+        self._previous: list[Any] = []  # stays empty if a hook before this one fails
 
     def before_train(self) -> None:
         # Signals are for the main thread of a process.

@@ -62,10 +62,10 @@ class RunRecord(HookBase):
 
     def __init__(self, output_dir: str, config_file: str):
         self._path, self._config_file = os.path.join(output_dir, "run.json"), config_file
+        self._starts: list[dict[str, Any]] = []
 
     def before_train(self) -> None:
         first = self.trainer.start_iter
-        self._starts: list[dict[str, Any]] = []
         if first > 0 and os.path.isfile(self._path):
             with open(self._path) as f:
                 self._starts = json.load(f)
@@ -89,6 +89,8 @@ class RunRecord(HookBase):
             self._write("running", self.trainer.iter + 1)
 
     def after_train(self) -> None:
+        if not self._starts:  # a hook before this one has failed
+            return
         error = sys.exc_info()[1]
         stopped = isinstance(error, SystemExit)  # after an iteration
         early = isinstance(error, EarlyStop)

@@ -26,6 +26,8 @@ from gnws_d2.engine.hooks import (
     WandbRun,
     validation_loss,
 )
+from gnws_d2.engine.run_record import RunRecord
+from gnws_d2.utils.errors import UserError
 
 
 class Trainer(TrainerBase):
@@ -135,6 +137,18 @@ def test_signal_ends_with_a_checkpoint_after_the_iteration(tmp_path, period, sig
     assert Trainer(tmp_path, hooks).resume() == 4
     assert f"Stopped by {signum.name} after iteration 3" in caplog.text
     assert signal.getsignal(signum) == handler
+
+
+def test_error_when_a_hook_begins_is_raised_whatever_hooks_come_after_it(tmp_path):
+    class Broken(HookBase):
+        def before_train(self):
+            raise UserError("W&B is not there.")
+
+    handler = signal.getsignal(signal.SIGTERM)
+    hooks = [lambda _: Broken(), StopOnSignal, lambda _: RunRecord(str(tmp_path), "a.yaml")]
+    with pytest.raises(UserError, match="W&B is not there"):
+        Trainer(tmp_path, hooks).train(0, 2)
+    assert signal.getsignal(signal.SIGTERM) == handler and not (tmp_path / "run.json").exists()
 
 
 def test_signal_during_an_evaluation_ends_at_once(tmp_path):
