@@ -67,11 +67,14 @@ def supervise(cfg: CfgNode, args: argparse.Namespace) -> Iterator[None]:
     SIGTERM and SIGINT on to them, and raise the :class:`UserError` of one, or :class:`RunError` if
     one was killed or raised anything else. With ``MODEL.DEVICE cpu``, use Gloo and share the cores.
     """
+    environ = {}
     if cfg.MODEL.DEVICE == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the launcher takes Gloo if it sees no GPU
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_usable_cores() // args.num_gpus)))
+        environ["CUDA_VISIBLE_DEVICES"] = ""  # the launcher takes Gloo if it sees no GPU
+        if "OMP_NUM_THREADS" not in os.environ:
+            environ["OMP_NUM_THREADS"] = str(max(1, num_usable_cores() // args.num_gpus))
     if args.num_gpus * args.num_machines == 1:  # the launcher starts no process
-        yield
+        with _environment(environ):
+            yield
         return
     stopped = []
 
@@ -82,7 +85,8 @@ def supervise(cfg: CfgNode, args: argparse.Namespace) -> Iterator[None]:
 
     handlers = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        with _environment(environ):
+            yield
     except (ProcessRaisedException, ProcessExitedException) as e:
         error = _describe_failure(e)
         if stopped and not isinstance(error, UserError):
@@ -91,6 +95,20 @@ def supervise(cfg: CfgNode, args: argparse.Namespace) -> Iterator[None]:
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _describe_failure(error: ProcessRaisedException | ProcessExitedException) -> BaseException:

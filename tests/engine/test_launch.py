@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from torch import distributed as dist
 
 from gnws_d2.config import load_config
-from gnws_d2.engine import get_config, lock_output_dir
+from gnws_d2.engine import get_config, lock_output_dir, supervise
 from gnws_d2.engine.launch import agree_on_kernels, leave_process_group
 from gnws_d2.layers.kernels import choice
 from gnws_d2.utils.compat import LAUNCHES_ON_CPU, create_local_process_group
@@ -308,6 +308,21 @@ def config(tmp_path, *opts):
     args = argparse.Namespace(config_file=QUICK_START[1], dataset=[], opts=list(opts))
     args.machine_rank, args.eval_only = 0, False
     return get_config(args), args
+
+
+@pytest.mark.parametrize("num_gpus", [1, 2])
+def test_environment_is_set_for_the_processes_of_a_run_alone(tmp_path, monkeypatch, num_gpus):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(6), raising=False)
+    before = dict(os.environ)
+    cfg, args = config(tmp_path, "MODEL.DEVICE", "cpu")
+    args.num_gpus, args.num_machines = num_gpus, 1
+    with pytest.raises(UserError), supervise(cfg, args):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+        assert os.environ["OMP_NUM_THREADS"] == str(6 // num_gpus)
+        raise UserError("a mistake")
+    assert dict(os.environ) == before
 
 
 def test_output_dir_is_for_one_run(tmp_path):
