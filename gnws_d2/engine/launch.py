@@ -8,6 +8,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -15,7 +16,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from ..utils.errors import RunError, UserError
 from ..utils.process import num_usable_cores
 
 _PACKAGE = Path(__file__).parent.parent
+_LOCK_TIMEOUT = 90  # seconds: NFS keeps the lock of a machine that is gone until its lease ends
 
 
 def join_torchrun(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -131,7 +133,8 @@ def _describe_failure(error: ProcessRaisedException | ProcessExitedException) ->
 def lock_output_dir(cfg: CfgNode, args: argparse.Namespace) -> Iterator[None]:
     """
     Create ``OUTPUT_DIR``, lock it for the main process of a run, and remove temporary files that a
-    killed run has left. Raise :class:`UserError` if that fails or another run holds the lock.
+    killed run has left. If the run that holds the lock is on another machine, or was killed, wait
+    for up to 90 s. Raise :class:`UserError` if that fails or another run holds the lock.
     """
     if args.machine_rank > 0 or int(os.environ.get("LOCAL_RANK", 0)) > 0:
         yield
@@ -145,24 +148,58 @@ def lock_output_dir(cfg: CfgNode, args: argparse.Namespace) -> Iterator[None]:
             f"OUTPUT_DIR {output_dir} cannot be written: {e.strerror or e}. Set another OUTPUT_DIR."
         ) from e
     with lock:
-        try:
-            import fcntl  # not on Windows, where a Predictor imports this file, too
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise UserError(
-                f"OUTPUT_DIR {output_dir} is in use by {lock.read() or 'another run'}: wait until "
-                "it has ended, or set another OUTPUT_DIR."
-            ) from None
-        except (ImportError, OSError):  # a file system without locks
-            pass
+        _lock(lock, output_dir)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%F %T}")
         lock.flush()
         for part in glob.glob(os.path.join(glob.escape(output_dir), "*.part")):
             os.remove(part)
         yield
+
+
+def _lock(file: IO[str], output_dir: str) -> None:
+    deadline = 0.0
+    while True:
+        try:
+            import fcntl  # not on Windows, where a Predictor imports this file, too
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read()
+        except (ImportError, OSError) as e:
+            logging.getLogger(__name__).warning(
+                f"OUTPUT_DIR {output_dir} cannot be locked ({e}): do not start a second run in it."
+            )
+            return
+        now = time.monotonic()
+        if _is_running_here(owner) or 0 < deadline <= now:
+            raise UserError(
+                f"OUTPUT_DIR {output_dir} is in use by {owner or 'another run'}: wait until it has "
+                "ended, or set another OUTPUT_DIR."
+            )
+        if not deadline:
+            deadline = now + _LOCK_TIMEOUT
+            logging.getLogger(__name__).warning(
+                f"OUTPUT_DIR {output_dir} is locked by {owner or 'another run'}: waiting for up to "
+                f"{_LOCK_TIMEOUT} s, in case that run has been killed."
+            )
+        time.sleep(1)
+
+
+def _is_running_here(owner: str) -> bool:
+    """Whether the process that the lock file names is running, and on this machine."""
+    match = re.match(r"process (\d+) on (\S+) since", owner)
+    if not match or match[2] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(match[1]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def agree_on_kernels(cfg: CfgNode, device: torch.device) -> None:

@@ -2,12 +2,15 @@
 
 import argparse
 import contextlib
+import errno
+import fcntl
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -327,10 +330,12 @@ def test_environment_is_set_for_the_processes_of_a_run_alone(tmp_path, monkeypat
 
 def test_output_dir_is_for_one_run(tmp_path):
     cfg, args = config(tmp_path, "OUTPUT_DIR", str(tmp_path / "out"))
+    began = time.monotonic()
     with lock_output_dir(cfg, args):
         who = rf"OUTPUT_DIR \S+/out is in use by process {os.getpid()} on {socket.gethostname()}"
         with pytest.raises(UserError, match=who), lock_output_dir(cfg, args):
             pass
+        assert time.monotonic() - began < 10  # a second start is not kept waiting
         args.machine_rank = 1  # of the same run
         with lock_output_dir(cfg, args):
             pass
@@ -338,6 +343,61 @@ def test_output_dir_is_for_one_run(tmp_path):
     (tmp_path / "out" / "model_final.pth.0a1b2c3d.part").touch()
     with lock_output_dir(cfg, args):
         assert [path.name for path in Path(cfg.OUTPUT_DIR).iterdir()] == [".lock"]
+
+
+@pytest.fixture
+def locked(tmp_path):
+    """Lock an OUTPUT_DIR as another run does."""
+
+    @contextlib.contextmanager
+    def locked(owner):
+        with open(tmp_path / ".lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(f"process {owner} since 2026-01-01 00:00:00")
+            file.flush()
+            yield file
+
+    return locked
+
+
+def dead_process():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize("host", ["this", "another"])
+def test_lock_of_a_run_that_is_gone_is_waited_for(tmp_path, locked, caplog, host):
+    pid = dead_process() if host == "this" else os.getpid()
+    cfg, args = config(tmp_path, "OUTPUT_DIR", str(tmp_path))
+    with locked(f"{pid} on {socket.gethostname() if host == 'this' else 'elsewhere'}") as file:
+        timer = threading.Timer(0.3, fcntl.flock, (file, fcntl.LOCK_UN))
+        timer.start()
+        with lock_output_dir(cfg, args):
+            assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+        timer.join()
+    (message,) = caplog.messages
+    assert message.startswith(f"OUTPUT_DIR {tmp_path} is locked by process {pid} on ")
+
+
+def test_lock_of_another_machine_that_stays_is_an_error(tmp_path, locked, monkeypatch):
+    monkeypatch.setattr("gnws_d2.engine.launch._LOCK_TIMEOUT", 0.5)
+    cfg, args = config(tmp_path, "OUTPUT_DIR", str(tmp_path))
+    with locked("7 on elsewhere"), pytest.raises(UserError, match="in use by process 7 on elsew"):
+        with lock_output_dir(cfg, args):
+            pass
+
+
+def test_file_system_without_locks_is_logged_once(tmp_path, monkeypatch, caplog):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    cfg, args = config(tmp_path, "OUTPUT_DIR", str(tmp_path))
+    with lock_output_dir(cfg, args):
+        pass
+    (message,) = caplog.messages
+    assert f"OUTPUT_DIR {tmp_path} cannot be locked" in message and "No locks" in message
 
 
 def test_output_dir_that_cannot_be_written_is_named(tmp_path, fails):
