@@ -188,7 +188,7 @@ def find_config_file(path_or_name: str) -> str:
     """
     name = re.fullmatch(r"(?:configs/)?([\w-]+)(?:\.yaml)?", path_or_name)
     by_name = CONFIG_DIR / f"{name[1]}.yaml" if name else None
-    if os.path.exists(path_or_name) or not (by_name and by_name.is_file()):
+    if os.path.isfile(path_or_name) or not (by_name and by_name.is_file()):
         return path_or_name
     return str(by_name)
 

@@ -29,6 +29,12 @@ def test_config_goes_by_its_name_in_the_zoo_too(tmp_path, monkeypatch):
     assert load_config("quick_start", []).SEED == 7
 
 
+def test_directory_is_not_taken_for_a_config_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quick_start").mkdir()
+    assert load_config("quick_start", []) == load_config(QUICK_START, [])
+
+
 def test_our_configs_go_by_their_paths_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("configs/quick_start.yaml", "quick_start.yaml", "quick_start"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -32,13 +33,18 @@ def find_trained(
 
     Args:
         model: a name of :mod:`.model_zoo`; the ``OUTPUT_DIR`` of a run, for its best checkpoint, or
-            else its last; or a checkpoint in one.
+            else its last, which wins over a model of the same name; or a checkpoint in one.
         opts, datasets: see :func:`load_config`.
 
     Raises:
         UserError: if there is no such model, and see :func:`load_config`.
     """
-    if model in model_zoo.names():
+    is_run = os.path.isfile(os.path.join(model, "config.yaml"))
+    if is_run and model in model_zoo.names():
+        logging.getLogger(__name__).warning(
+            f"{model} is the run in {os.path.abspath(model)}, not the published model of that name."
+        )
+    if model in model_zoo.names() and not is_run:
         config_file, weights = model_zoo.get_config_file(model), model_zoo.get_checkpoint_url(model)
     elif os.path.exists(model):
         directory, weights = (model, "") if os.path.isdir(model) else os.path.split(model)

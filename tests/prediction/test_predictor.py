@@ -1,6 +1,8 @@
 import hashlib
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -176,6 +178,21 @@ def test_published_model_has_its_own_config_and_weights():
     cfg = find_trained("faster_rcnn_R50_gnws_1x", ["SEED", "3"])
     assert cfg.MODEL.WEIGHTS == "gnws://faster_rcnn_R50_gnws_1x" and cfg.SEED == 3
     assert cfg.MODEL.DEVICE == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_run_is_taken_before_a_published_model_of_its_name_and_another_directory_is_not(
+    run_dir, monkeypatch, caplog
+):
+    name = "mask_rcnn_R50_gnws_2x"
+    monkeypatch.chdir(run_dir.parent)
+    (run_dir.parent / name).mkdir()
+    (run_dir.parent / name / "photograph.jpg").touch()
+    assert find_trained(name).MODEL.WEIGHTS == f"gnws://{name}"
+    assert "not the published model" not in caplog.text
+    shutil.rmtree(name)
+    run_dir.rename(name)
+    assert find_trained(name).MODEL.WEIGHTS == f"{name}/model_best.pth"
+    assert f"{name} is the run in {Path(name).absolute()}, not the published model" in caplog.text
 
 
 def test_classes_of_a_model_that_differ_from_those_of_the_dataset_are_its_own():
