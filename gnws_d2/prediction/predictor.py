@@ -21,7 +21,9 @@ from ..data import register_coco_datasets
 from ..data.coco import class_metadata
 from ..data.transforms import OpenCVResizeShortestEdge
 from ..layers import fold_for_inference
+from ..modeling.backbone import check_kernels
 from ..utils.errors import UserError
+from ..utils.process import keep_freed_memory
 from .test_time_augmentation import with_tta
 
 
@@ -76,7 +78,9 @@ class Predictor(DefaultPredictor):
     """
     :class:`DefaultPredictor` that resizes with OpenCV, as the published models were tested, loads
     what :class:`GNWSCheckpointer` loads, knows the classes in the checkpoint (``metadata``), and
-    takes several images at once. Weights are standardized once, when it is made.
+    takes several images at once. Weights are standardized once, when it is made. On a CPU
+    the whole process keeps freed memory from then on, which saves a third of the time
+    (:func:`keep_freed_memory`); not with ``MODEL.GNWS.KERNELS reference``.
 
     Examples:
     ::
@@ -88,6 +92,8 @@ class Predictor(DefaultPredictor):
     def __init__(self, cfg: CfgNode):
         """Raise :class:`UserError` if ``MODEL.DEVICE`` or ``MODEL.WEIGHTS`` cannot be used."""
         check_device(cfg)
+        if cfg.MODEL.DEVICE == "cpu" and check_kernels(cfg) != "reference":
+            keep_freed_memory()
         self.cfg = cfg.clone()
         self.model = build_model(self.cfg).eval()
         checkpointer = GNWSCheckpointer(self.model, strict=True)

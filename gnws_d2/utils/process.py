@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
 import multiprocessing
 import os
@@ -21,11 +22,13 @@ def num_usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+@functools.cache
 def keep_freed_memory() -> None:
     """
-    Have the process keep freed memory, as PyTorch does on GPUs. Otherwise glibc returns every
-    tensor of over 32 MiB to the system when it is freed, and the system clears the pages for the
-    next one: a third of the time of a detector on a CPU. Does nothing where there is no glibc.
+    Have the process keep freed memory from the first call on, as PyTorch does on GPUs. Otherwise
+    glibc returns every tensor of over 32 MiB to the system when it is freed, and the system clears
+    the pages for the next one: a third of the time of a detector on a CPU. Does nothing where there
+    is no glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

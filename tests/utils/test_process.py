@@ -4,14 +4,19 @@ import subprocess
 import sys
 
 import pytest
+from conftest import small_mask_rcnn
 
 from gnws_d2.utils.process import num_usable_cores
 
 FAULTS = """
 import resource, sys, torch
+import gnws_d2
 from gnws_d2.utils.process import keep_freed_memory
-if sys.argv[1] == "True":
+if sys.argv[1] == "call":
     keep_freed_memory()
+elif sys.argv[1] != "nothing":
+    opts = ["MODEL.GNWS.KERNELS", sys.argv[1], "MODEL.DEVICE", "cpu"]
+    gnws_d2.Predictor.from_pretrained(sys.argv[2], opts)
 faults = []
 for i in range(10):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -22,14 +27,19 @@ print(min(faults[1:]))  # the system may take pages back at any time
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="for glibc")
-@pytest.mark.parametrize("keep", [True, False])
-def test_freed_memory_is_kept_or_given_back(keep):
-    """A page that the system has to give faults once."""
+@pytest.mark.parametrize(
+    "what, keep", [("call", True), ("nothing", False), ("auto", True), ("reference", False)]
+)
+def test_freed_memory_is_kept_or_given_back(tmp_path, what, keep):
+    """By a call, or by a Predictor of a CPU. A page that the system has to give faults once."""
+    cfg = small_mask_rcnn(tmp_path / "model_final.pth", ["circle", "square", "triangle"])
+    (tmp_path / "config.yaml").write_text(cfg.dump())
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
     environ["THP_MEM_ALLOC_ENABLE"] = "0"
     done = subprocess.run(
-        [sys.executable, "-c", FAULTS, str(keep)], env=environ, capture_output=True, text=True
-    )
+        [sys.executable, "-c", FAULTS, what, str(tmp_path)],
+        env=environ, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     pages = 64 * 2**20 // resource.getpagesize()
     # Where the system gives large pages, a fault may give 2 MiB.
