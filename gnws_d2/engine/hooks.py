@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 import os
-import re
 import signal
 import sys
 import threading
@@ -46,10 +45,11 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
         return {"recent_checkpoints": list(dict.fromkeys(names))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        names = state_dict["recent_checkpoints"]
+        names = [*state_dict["recent_checkpoints"]]
         last = os.path.basename(self.checkpointer.get_checkpoint_file())
-        if re.fullmatch(rf"{self.file_prefix}_\d{{7}}\.pth", last):  # also the one of a signal
-            names = [*names, last]
+        # The one of a signal counts, too, but not model_final, or a damaged one after this one.
+        if last <= f"{self.file_prefix}_{self.trainer.iter:07d}.pth":
+            names.append(last)
         paths = [os.path.join(self.checkpointer.save_dir, name) for name in dict.fromkeys(names)]
         self.recent_checkpoints = list(filter(os.path.isfile, paths))
 

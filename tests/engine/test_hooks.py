@@ -78,6 +78,19 @@ def test_newest_checkpoints_are_kept_and_those_from_before_a_resume_count(tmp_pa
     assert names(tmp_path) == ["model_0000009", "model_0000011", "model_final"]
 
 
+def test_damaged_checkpoint_does_not_count(tmp_path):
+    hooks = [lambda checkpointer: PeriodicCheckpointer(checkpointer, 2, max_to_keep=2)]
+    Trainer(tmp_path, hooks).train(0, 5)
+    (tmp_path / "last_checkpoint").write_text("model_0000005.pth")
+    (tmp_path / "model_0000005.pth").write_bytes(b"damaged")
+    trainer = Trainer(tmp_path, hooks)
+    trainer.load_state_dict(torch.load(tmp_path / "model_0000003.pth")["trainer"])
+    trainer.train(4, 5)
+    assert names(tmp_path)[:2] == ["model_0000001", "model_0000003"]
+    trainer.train(5, 6)
+    assert names(tmp_path) == ["model_0000003", "model_0000005", "model_final"]
+
+
 def test_checkpoints_of_another_run_in_the_same_directory_stay(tmp_path):
     others = ["model_0000000", "model_0000004", "model_0000008", "model_best"]
     for name in others:
