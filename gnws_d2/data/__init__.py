@@ -1,5 +1,4 @@
-from .check import check_coco_json
-from .coco import check_datasets, register_coco_datasets
+from .coco import check_coco_json, check_datasets, register_coco_datasets
 from .dataset_mapper import OpenCVDatasetMapper, read_image
 from .shapes import register_shapes
 

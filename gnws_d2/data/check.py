@@ -1,15 +1,16 @@
-"""Checks of a dataset in COCO format, before training and for ``tools/check_dataset.py``."""
+"""Read a dataset in COCO format, and find its issues."""
 
+import contextlib
 import itertools
-import logging
+import json
 import math
 import os
 import reprlib
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import orjson
 import pycocotools.mask as mask_util
 from detectron2.data.detection_utils import SizeMismatchError, check_image_size
 from detectron2.utils.file_io import PathManager
@@ -17,10 +18,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..utils.errors import UserError
-from ..utils.process import num_usable_cores
-from .coco_json import COCO_ITEMS, read_coco_json
+from ..utils.process import no_garbage_collection, num_usable_cores
 from .dataset_mapper import BadImageError, read_image
-from .screening import screen_annotations, screen_images
+
+_ITEMS = {"categories": "category", "images": "image", "annotations": "annotation"}
+
+_NUMBERS = {int, float}
+_Found = tuple[str, str, str]  # level, kind, and the message after the id
 
 # Shorten values from a file to fit in a message.
 _repr = reprlib.Repr()
@@ -38,58 +42,62 @@ class Issue(NamedTuple):
     message: str  # a sentence, without the name of the file
 
 
-def check_coco_json(
-    json_file: str,
-    image_root: str,
-    *,
-    masks: bool = False,
-    evaluation: bool = False,
-    skip_bad_images: bool = False,
-    object_limits: Mapping[str, int] = {},
-    keep: bool = False,
-) -> list[str]:
+def read_coco_json(json_file: str) -> dict[str, Any]:
     """
-    Check an annotation file, and that its images exist, without opening them. Log a warning for
-    what Detectron2 clips or leaves out.
-
-    Args:
-        json_file, image_root: see :func:`register_coco_instances`.
-        masks: whether every annotation needs a segmentation.
-        evaluation: whether a model is evaluated on the dataset.
-        skip_bad_images: whether a missing image is only a warning.
-        object_limits: by config key, the number of objects in an image that the model can find.
-            More of them are a warning.
-        keep: see :func:`read_coco_json`.
-
-    Returns:
-        The class names in the order of their ids, as Detectron2 numbers them.
+    Read an annotation file, with lists of dicts in "images", "categories" and "annotations".
 
     Raises:
-        UserError: for the first error, with the file and the id of the annotation or image.
+        UserError: if it cannot be read or has another format.
     """
-    coco = read_coco_json(json_file, keep=keep)
-    if _boxes_are_corners(coco):
-        raise UserError(
-            f"{json_file}: the boxes seem to be x1, y1, x2, y2, as none would be over the edge of "
-            "its image: convert them to COCO's x, y, width, height, as which many are."
-        )
-    warnings = defaultdict(list)
-    for issue in find_issues(coco, image_root, masks=masks):
-        skipped = skip_bad_images and issue.kind == "missing image"
-        if issue.level == "warning" or skipped:
-            warnings[issue.kind].append(issue.message)
-        elif issue.level == "error" or evaluation:
-            raise UserError(f"{json_file}: {issue.message}")
-    counts = Counter(annotation["image_id"] for annotation in coco["annotations"])
-    most = max(counts.values(), default=0)
-    if low := [key for key, limit in object_limits.items() if limit < most]:
-        message = f"one of {most} objects; raise {', '.join(low)}."
-        warnings["image with more objects than the model can find"].append(message)
-    for kind, messages in warnings.items():
-        logging.getLogger(__name__).warning(
-            f"{json_file}: {len(messages)} x {kind}; the first: {messages[0]}"
-        )
-    return [c["name"] for c in sorted(coco["categories"], key=lambda c: c["id"])]
+    try:
+        with PathManager.open(json_file, "rb") as f:
+            text = f.read()
+        with no_garbage_collection():
+            try:
+                content = orjson.loads(text)
+            except ValueError:  # Python's reader takes NaN, and its errors tell more
+                content = json.loads(text)
+    except OSError as e:
+        raise UserError(f"Cannot read the annotation file {json_file}: {e.strerror or e}.") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"The annotation file {json_file} is not valid JSON: {e}.") from e
+    # Sets for testing have no annotations.
+    coco = {"annotations": [], **content} if isinstance(content, dict) else {}
+    for key in _ITEMS:
+        items = coco.get(key)
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            raise UserError(f"{json_file} is not in COCO's instances format: no list {key!r}.")
+        if not items and key != "annotations":
+            raise UserError(f"{json_file} has nothing in {key!r}.")
+    return coco
+
+
+def find_issues(coco: dict[str, Any], image_root: str, *, masks: bool) -> Iterator[Issue]:
+    """
+    Find the issues that show without opening an image.
+
+    Args:
+        coco: what :func:`read_coco_json` returns.
+        image_root: directory of the images. Symbolic links in it are followed.
+        masks: whether every annotation needs a segmentation.
+    """
+    for key, item in _ITEMS.items():
+        yield from _find_id_issues(coco[key], item)
+    for category in coco["categories"]:
+        name = category.get("name")
+        # Detectron2 prints the names, and a terminal obeys control characters.
+        if not isinstance(name, str) or not name.isprintable():
+            what = f"has the name {_short(name)}, which is not printable text."
+            yield _issue("category", category, "error", "category name", what)
+    is_file = _list_files(image_root)
+    for image in coco["images"]:
+        for found in _find_image_issues(image, image_root, is_file):
+            yield _issue("image", image, *found)
+    sizes = _sizes(coco)
+    class_ids = {_key(category.get("id")) for category in coco["categories"]}
+    for annotation in coco["annotations"]:
+        for found in _find_annotation_issues(annotation, sizes, class_ids, masks):
+            yield _issue("annotation", annotation, *found)
 
 
 def check_dataset(json_file: str, image_root: str, *, open_images: bool = True) -> list[Issue]:
@@ -104,11 +112,11 @@ def check_dataset(json_file: str, image_root: str, *, open_images: bool = True) 
     masks = any(annotation.get("segmentation") for annotation in coco["annotations"])
     issues = list(find_issues(coco, image_root, masks=masks))
     if open_images:
-        unusable = {issue.id for issue in issues if (issue.item, issue.level) == ("image", "error")}
+        bad = {str(issue.id) for issue in issues if (issue.item, issue.level) == ("image", "error")}
         images = [
             {**image, "file_name": os.path.join(image_root, image["file_name"])}
             for image in coco["images"]
-            if image.get("id") not in unusable
+            if str(image.get("id")) not in bad
         ]
         # OpenCV and Pillow release the GIL while they decode.
         with ThreadPoolExecutor(num_usable_cores()) as pool:
@@ -117,48 +125,19 @@ def check_dataset(json_file: str, image_root: str, *, open_images: bool = True) 
     return issues
 
 
-def read_categories(json_file: str) -> dict[Any, str]:
-    """
-    Read the class names of an annotation file by category id, in Detectron2's order.
-
-    Raises:
-        UserError: for a faulty category; see :func:`read_coco_json`, too.
-    """
-    coco = {"images": [], "annotations": [], "categories": read_coco_json(json_file)["categories"]}
-    for issue in find_issues(coco, "", masks=False):
-        raise UserError(f"{json_file}: {issue.message}")
-    return {c["id"]: c["name"] for c in sorted(coco["categories"], key=lambda c: c["id"])}
-
-
-def find_issues(coco: dict[str, Any], image_root: str, *, masks: bool) -> Iterator[Issue]:
-    """
-    Find the issues that show without opening an image.
-
-    Args:
-        coco: what :func:`read_coco_json` returns.
-        image_root: directory of the images. Symbolic links in it are followed.
-        masks: whether every annotation needs a segmentation.
-    """
-    for key, item in COCO_ITEMS.items():
-        yield from _find_id_issues(coco[key], item)
-    for category in coco["categories"]:
-        name = category.get("name")
-        # Detectron2 prints the names, and a terminal obeys control characters.
-        if not isinstance(name, str) or not name.isprintable():
-            what = f"has the name {_short(name)}, which is not printable text."
-            yield _issue("category", category, "error", "category name", what)
-    images, of_images = coco["images"], [_size(image) for image in coco["images"]]
-    sizes = dict(zip((image.get("id") for image in images), of_images))
-    for image in images if None in of_images else screen_images(images, image_root):
-        for found in _find_image_issues(image, image_root):
-            yield _issue("image", image, *found)
-    class_ids = {category.get("id") for category in coco["categories"]}
-    for annotation in screen_annotations(coco["annotations"], sizes, class_ids, masks):
-        for found in _find_annotation_issues(annotation, sizes, class_ids, masks):
-            yield _issue("annotation", annotation, *found)
-
-
-_Found = tuple[str, str, str]  # level, kind, and the message after the id
+def boxes_are_corners(coco: dict[str, Any]) -> bool:
+    """Return whether many boxes fit into their images as x1, y1, x2, y2, but not as COCO's."""
+    sizes = _sizes(coco)
+    num_over = num_boxes = 0
+    for annotation in coco["annotations"]:
+        box, size = annotation.get("bbox"), sizes.get(_key(annotation.get("image_id")))
+        if size is None or not _are_numbers(box) or len(box) != 4:
+            continue
+        if box[0] > box[2] or box[1] > box[3] or box[2] > size[0] + 1 or box[3] > size[1] + 1:
+            return False
+        num_boxes += 1
+        num_over += box[0] + box[2] > size[0] + 1 or box[1] + box[3] > size[1] + 1
+    return num_over > 0.2 * num_boxes
 
 
 def _issue(item: str, content: dict[str, Any], level: str, kind: str, what: str) -> Issue:
@@ -179,23 +158,46 @@ def _find_id_issues(contents: list[dict[str, Any]], item: str) -> Iterator[Issue
             yield _issue(item, content, "error", "no id", what)
         elif given in seen:
             yield _issue(item, content, "error", f"duplicate {item} id", "is there twice.")
-        seen.add(given)
+        seen.add(_key(given))
 
 
-def _find_image_issues(image: dict[str, Any], image_root: str) -> Iterator[_Found]:
+def _find_image_issues(
+    image: dict[str, Any], image_root: str, is_file: Callable[[str], bool]
+) -> Iterator[_Found]:
     name = image.get("file_name")
     if not isinstance(name, str) or not name:
         yield "error", "no file name", f"has the file name {_short(name)}."
-    elif os.path.isabs(name) or "://" in name or os.path.normpath(name).split(os.sep)[0] == "..":
+    elif os.path.isabs(name) or "://" in name or (".." in name and _is_above(name)):
         what = f"has the file name {_short(name)}, which is not in the image directory."
         yield "error", "path out of the image directory", what
-    elif not PathManager.isfile(path := os.path.join(image_root, name)):
+    elif not is_file(name):
+        path = os.path.join(image_root, name)
         what = f"has a file that does not exist or is not a regular file: {_short(path)}."
         yield "error", "missing image", what
     if _size(image) is None:
         what = f"has the size {_short(image.get('width'))} x {_short(image.get('height'))}, which "
         what += "is not in pixels, or larger than PIL.Image.MAX_IMAGE_PIXELS."
         yield "error", "image size", what
+
+
+def _is_above(name: str) -> bool:
+    return os.path.normpath(name).split(os.sep)[0] == ".."
+
+
+def _list_files(image_root: str) -> Callable[[str], bool]:
+    """Return a function of a name: whether it is a file in `image_root`."""
+    # Each directory is listed once: one request for each file takes minutes on network disks.
+    listed: dict[str, set[str]] = {}
+
+    def is_file(name: str) -> bool:
+        directory, base = os.path.split(name)
+        if directory not in listed:
+            path, listed[directory] = os.path.join(image_root, directory), set()
+            with contextlib.suppress(OSError, ValueError), os.scandir(path) as entries:
+                listed[directory] = {entry.name for entry in entries if entry.is_file()}
+        return base in listed[directory] or PathManager.isfile(os.path.join(image_root, name))
+
+    return is_file
 
 
 def _find_file_issues(image: dict[str, Any]) -> list[Issue]:
@@ -211,21 +213,22 @@ def _find_annotation_issues(
     annotation: dict[str, Any], sizes: dict[Any, Any], class_ids: set[Any], masks: bool
 ) -> Iterator[_Found]:
     image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
-    if category_id not in class_ids:
+    if _key(category_id) not in class_ids:
         what = f"has category id {_short(category_id)}, which is not in 'categories'."
         yield "error", "unknown category", what
     if annotation.get("ignore", 0) != 0:
         yield "error", "'ignore'", "has 'ignore', which Detectron2 does not support: remove it."
-    if "iscrowd" not in annotation or not _are_numbers([annotation.get("area")]):
+    if "iscrowd" not in annotation or not _are_numbers((annotation.get("area"),)):
         what = "has no 'iscrowd' or no 'area', which COCO's evaluation needs."
         yield "evaluation", "no 'iscrowd' or 'area'", what
-    if image_id not in sizes:
+    if _key(image_id) not in sizes:
         what = f"is of image id {_short(image_id)}, which is not in 'images'."
         yield "error", "annotation without image", what
-    if sizes.get(image_id) is None:
+    size = sizes.get(_key(image_id))
+    if size is None:
         return  # an error of the image, too
 
-    size = width, height = sizes[image_id]
+    width, height = size
     bbox: Any = annotation.get("bbox")
     segmentation = annotation.get("segmentation")
     if not _are_numbers(bbox) or len(bbox) != 4:
@@ -288,32 +291,28 @@ def _find_rle_issues(rle: dict[str, Any], width: int, height: int) -> Iterator[_
         yield "error", "broken RLE", f"has RLE {_short(counts)} that cannot be decoded: {e}."
 
 
-def _boxes_are_corners(coco: dict[str, Any]) -> bool:
-    """Return whether many boxes fit into their images as x1, y1, x2, y2, but not as COCO's."""
-    sizes = {image.get("id"): _size(image) for image in coco["images"]}
-    num_over = num_boxes = 0
-    for annotation in coco["annotations"]:
-        box, size = annotation.get("bbox"), sizes.get(annotation.get("image_id"))
-        if size is None or not _are_numbers(box) or len(box) != 4:
-            continue
-        if box[0] > box[2] or box[1] > box[3] or box[2] > size[0] + 1 or box[3] > size[1] + 1:
-            return False
-        num_boxes += 1
-        num_over += box[0] + box[2] > size[0] + 1 or box[1] + box[3] > size[1] + 1
-    return num_over > 0.2 * num_boxes
+def _sizes(coco: dict[str, Any]) -> dict[Any, tuple[Any, Any] | None]:
+    return {_key(image.get("id")): _size(image) for image in coco["images"]}
 
 
 def _size(image: dict[str, Any]) -> tuple[Any, Any] | None:
     """Return the width and height of an image if it can have them."""
-    w, h = image.get("width", 0), image.get("height", 0)
-    whole = _are_numbers([w, h]) and min(w, h) >= 1 and w % 1 == h % 1 == 0
-    return (w, h) if whole and w * h <= (Image.MAX_IMAGE_PIXELS or math.inf) else None
+    size: Any = image.get("width"), image.get("height")
+    w, h = size
+    whole = _are_numbers(size) and min(size) >= 1 and w % 1 == h % 1 == 0
+    return size if whole and w * h <= (Image.MAX_IMAGE_PIXELS or math.inf) else None
+
+
+def _key(id: Any) -> Any:
+    """Return an id, or None for a list or dict, which cannot be looked up."""
+    return id if id.__hash__ else None
 
 
 def _are_numbers(values: Any) -> bool:
-    """Return True for a list of finite ints or floats (not bools)."""
-    return (
-        isinstance(values, list)
-        and {int, float}.issuperset(map(type, values))
-        and all(map(math.isfinite, values))
-    )
+    """Return True for finite ints or floats (not bools) in a list or tuple."""
+    if not isinstance(values, (list, tuple)) or not _NUMBERS.issuperset(map(type, values)):
+        return False
+    try:
+        return all(map(math.isfinite, values))
+    except OverflowError:  # an int that is larger than any float
+        return False

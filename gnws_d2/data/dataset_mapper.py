@@ -1,5 +1,6 @@
 """Detectron2's dataset mapper with images decoded and resized by OpenCV, as in MMDetection."""
 
+import contextlib
 import copy
 import io
 import math
@@ -23,6 +24,7 @@ from .transforms import OpenCVResizeShortestEdge
 
 # Suffixes of the files of a directory that are taken for images.
 IMAGE_SUFFIXES = tuple(".avif .bmp .gif .jp2 .jpeg .jpg .png .ppm .tif .tiff .webp".split())
+_EXIF_ORIENTATION = 0x0112
 _IMAGE_ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82")  # of complete JPEG and PNG files
 
 
@@ -78,6 +80,22 @@ def read_image(file_name: str, format: str) -> np.ndarray:
             f"{image.max():g}: convert all images of the dataset to 8 bits, with one scale."
         )
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if format == "RGB" else image
+
+
+def image_size(file_name: str) -> tuple[int, int]:
+    """
+    Return the width and height of an image as :func:`read_image` decodes it, from the header of a
+    JPEG that is not turned; others are decoded, as their readers differ in what they turn.
+
+    Raises:
+        BadImageError: see :func:`read_image`.
+    """
+    with contextlib.suppress(Exception):  # Pillow raises errors of all types for damaged files
+        with Image.open(file_name) as header:
+            if header.format == "JPEG" and header.getexif().get(_EXIF_ORIENTATION, 1) == 1:
+                return header.size
+    height, width = read_image(file_name, "BGR").shape[:2]
+    return width, height
 
 
 class OpenCVDatasetMapper(DatasetMapper):

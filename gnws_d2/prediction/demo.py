@@ -37,12 +37,12 @@ class VisualizationDemo:
             cfg = find_trained(args.model, opts, args.dataset)
         else:
             cfg = load_config(args.config_file, opts, args.dataset)
-            register_coco_datasets(cfg.DATASETS.COCO)
             choose_device(cfg)
         self.predictor = Predictor(cfg)
-        self.metadata = metadata = self.predictor.metadata
+        metadata = self.predictor.metadata
         if metadata.get("thing_classes") is None:
             # Of a checkpoint without them. Images and annotations may be missing.
+            register_coco_datasets(cfg.DATASETS.COCO)
             if not cfg.DATASETS.TEST:
                 raise UserError(
                     "DATASETS.TEST is empty, and the checkpoint does not know its classes: name "
@@ -51,6 +51,7 @@ class VisualizationDemo:
             check_registered("TEST", metadata.name)
             metadata = class_metadata(metadata.name, dataset_classes(metadata.name))
         check_num_classes(cfg, metadata.name, metadata.thing_classes)
+        self.metadata = metadata
         self.draw = {"labels": not args.no_labels, "boxes": not args.no_boxes}
         ids = metadata.thing_dataset_id_to_contiguous_id  # in the order of the classes
         self.categories = [{"id": i, "name": name} for i, name in zip(ids, metadata.thing_classes)]

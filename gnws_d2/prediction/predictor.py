@@ -17,7 +17,6 @@ from detectron2.modeling import build_model
 from .. import model_zoo
 from ..checkpoint import GNWSCheckpointer
 from ..config import check_device, choose_device, load_config
-from ..data import register_coco_datasets
 from ..data.coco import class_metadata
 from ..data.transforms import OpenCVResizeShortestEdge
 from ..layers import fold_for_inference
@@ -69,7 +68,6 @@ def find_trained(
             f"published model, such as {', '.join(near)}."
         )
     cfg = load_config(config_file, ["MODEL.WEIGHTS", weights, *opts], datasets)
-    register_coco_datasets(cfg.DATASETS.COCO)
     choose_device(cfg)
     return cfg
 

@@ -7,8 +7,8 @@ import pycocotools.mask as mask_util
 import pytest
 
 from gnws_d2.data import check_coco_json
-from gnws_d2.data.check import check_dataset, find_issues, read_categories
-from gnws_d2.data.coco_json import read_coco_json
+from gnws_d2.data.check import check_dataset, find_issues, read_coco_json
+from gnws_d2.data.coco import read_categories
 from gnws_d2.utils.errors import UserError
 
 H, W = 600, 800  # of the photographs
@@ -37,11 +37,14 @@ def image(**values):
     [
         (annotation(image_id=99), "error", "annotation without image"),
         (annotation(category_id="1"), "error", "unknown category"),
+        (annotation(category_id=[1]), "error", "unknown category"),
+        (annotation(image_id={}), "error", "annotation without image"),
         (annotation(bbox=None), "error", "box"),
         (annotation(bbox=["1", 2, 3, 4]), "error", "box"),
         (annotation(bbox=[True, 2, 3, 4]), "error", "box"),
         (annotation(bbox=[1, 2, float("inf"), 4]), "error", "box"),
         (annotation(bbox=[-(10**300), 2, 10**300, 4]), "error", "box outside its image"),
+        (annotation(bbox=[10**400, 2, 3, 4]), "error", "box"),
         (annotation(bbox=[W, 2, 3, 4]), "error", "box outside its image"),
         (annotation(bbox=[3, 2, 0, 4]), "warning", "box with no area"),
         (annotation(bbox=[9, 2, 3, -4]), "warning", "box with no area"),

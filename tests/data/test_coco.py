@@ -1,11 +1,19 @@
+import json
+
 import pytest
 from conftest import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 from gnws_d2.config import load_config
-from gnws_d2.data import check_datasets, coco_json, register_coco_datasets
+from gnws_d2.data import check, check_datasets, coco, register_coco_datasets
+from gnws_d2.data.coco import dataset_classes
 from gnws_d2.utils.errors import UserError
+
+
+def config_of(name, *keys):
+    keys = ["DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", "()", *keys]
+    return load_config(str(ROOT / "configs" / "quick_start.yaml"), keys)
 
 
 def test_registering_reads_nothing_and_may_be_repeated(photographs, tmp_path):
@@ -21,17 +29,42 @@ def test_registering_reads_nothing_and_may_be_repeated(photographs, tmp_path):
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_file_is_read_once_where_the_check_keeps_it(photographs, monkeypatch, keep):
-    reads, read = [], coco_json.orjson.loads
-    monkeypatch.setattr(coco_json.orjson, "loads", lambda text: reads.append(1) or read(text))
-    files = [str(photographs.json_file), str(photographs.images)]
+    reads, read = [], check.orjson.loads
+    monkeypatch.setattr(check.orjson, "loads", lambda text: reads.append(1) or read(text))
     name = f"fruits_read_once_{keep}"
-    register_coco_datasets([[name, *files]])
-    keys = ["DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", "()"]
-    cfg = load_config(str(ROOT / "configs" / "quick_start.yaml"), keys)
-    check_datasets(cfg, ("TRAIN", "TEST"), keep=keep)
+    register_coco_datasets([[name, str(photographs.json_file), str(photographs.images)]])
+    check_datasets(config_of(name), ("TRAIN", "TEST"), keep=keep)
+    assert list(dataset_classes(name).values()) == ["date", "fig", "hazelnut"]
     assert len(DatasetCatalog.get(name)) == 18 and len(reads) == (1 if keep else 2)
-    assert coco_json._kept == {}
-    assert len(DatasetCatalog.get(name)) == 18  # again, when nothing is kept
+    assert len(DatasetCatalog.get(name)) == 18  # again: nothing was kept any longer
+    assert len(reads) == (2 if keep else 3)
+
+
+def test_file_that_has_changed_is_checked_and_loaded_anew(photographs, tmp_path):
+    """As by two runs of a notebook, one after the other in the same directory."""
+    content, path = photographs.coco(), tmp_path / "changing.json"
+    path.write_text(json.dumps(content))
+    register_coco_datasets([["fruits_changing", str(path), str(photographs.images)]])
+    check_datasets(config_of("fruits_changing"), ("TRAIN",))
+    DatasetCatalog.get("fruits_changing")
+    for number, category in enumerate(content["categories"]):
+        category["name"] = f"fruit {number}"
+    path.write_text(json.dumps(content))
+    check_datasets(config_of("fruits_changing"), ("TRAIN",))
+    names = ["fruit 0", "fruit 1", "fruit 2"]
+    assert list(dataset_classes("fruits_changing").values()) == names
+    DatasetCatalog.get("fruits_changing")
+    assert MetadataCatalog.get("fruits_changing").thing_classes == names
+
+
+def test_dataset_of_a_function_needs_no_file_and_no_names():
+    DatasetCatalog.register("of_a_function_alone", list)
+    check_datasets(config_of("of_a_function_alone"), ("TRAIN",))
+    MetadataCatalog.get("of_a_function_alone").thing_classes = ["a", "b"]
+    with pytest.raises(UserError, match="of_a_function_alone has 2 classes"):
+        check_datasets(config_of("of_a_function_alone"), ("TRAIN",))
+    DatasetCatalog.remove("of_a_function_alone")
+    MetadataCatalog.remove("of_a_function_alone")
 
 
 @pytest.mark.parametrize("source", ["shapes", "photographs"])
@@ -42,7 +75,7 @@ def test_dataset_dicts_are_detectron2s(source, photographs, shapes_root):
         files = metadata.json_file, metadata.image_root
     else:
         files = str(photographs.json_file), str(photographs.images)
-    ours = coco_json.load_coco_json(*files, f"{source}_ours")
+    ours = coco.load_coco_json(*files, f"{source}_ours")
     assert ours == load_coco_json(*files, f"{source}_detectron2") and len(ours) > 10
     for key in ("thing_classes", "thing_dataset_id_to_contiguous_id"):
         values = [MetadataCatalog.get(f"{source}_{who}").get(key) for who in ("ours", "detectron2")]

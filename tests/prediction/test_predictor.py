@@ -136,7 +136,6 @@ def run_dir(tmp_path):
         checkpointer.save(name)
     yield path
     MetadataCatalog.pop("gone_val", None)
-    DatasetCatalog.pop("gone_val", None)
 
 
 @pytest.mark.parametrize("given", ["run", "run/model_0000001.pth"])
@@ -146,10 +145,22 @@ def test_trained_model_needs_only_its_name_and_knows_its_classes(run_dir, given)
     names = predictor.metadata.thing_classes
     assert names == ["fig", "date"]
     assert predictor.metadata.thing_dataset_id_to_contiguous_id == {5: 0, 9: 1}
-    assert MetadataCatalog.get("gone_val").thing_classes == names  # of Detectron2
+    assert "gone_val" not in DatasetCatalog  # which another run may call so, too
+    assert MetadataCatalog.get("gone_val").get("thing_classes") is None
     assert predictor.cfg.MODEL.DEVICE == "cpu"
     found = predictor(np.zeros((64, 64, 3), np.uint8))["instances"]
     assert set(found.pred_classes.tolist()) <= {0, 1} and len(found)
+
+
+def test_two_runs_on_datasets_of_one_name_have_their_own_classes(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "other")
+    cfg = load_config(str(run_dir / "config.yaml"), [], [["gone_val", "other.json", "other"]])
+    (tmp_path / "other" / "config.yaml").write_text(cfg.dump())
+    GNWSCheckpointer(
+        build_model(cfg), str(tmp_path / "other"), classes={1: "kiwi", 2: "pear"}
+    ).save("model_best")
+    for path, names in ((run_dir, ["fig", "date"]), (tmp_path / "other", ["kiwi", "pear"])):
+        assert Predictor.from_pretrained(str(path)).metadata.thing_classes == names
 
 
 def test_best_checkpoint_of_a_run_is_taken_else_the_last(run_dir):

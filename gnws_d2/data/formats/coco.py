@@ -4,8 +4,9 @@ import os
 from collections import defaultdict
 
 from ...utils.errors import UserError
-from ..coco_json import read_coco_json
-from .dataset import Coco, complete_coco, image_size, is_image, read_json, split_of
+from ..check import read_coco_json
+from ..dataset_mapper import image_size
+from .dataset import Coco, complete_coco, is_image, read_json, split_of
 
 
 def find(root: str, files: list[str]) -> list[str]:

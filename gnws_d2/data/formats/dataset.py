@@ -9,14 +9,10 @@ from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
-from PIL import Image
 
-from ...utils.errors import UserError
-from ..dataset_mapper import IMAGE_SUFFIXES
+from ..dataset_mapper import IMAGE_SUFFIXES, image_size
 
 Coco = dict[str, Any]
-
-_EXIF_ORIENTATION, _TURNED = 0x0112, 5  # orientations from 5 on swap width and height
 
 
 class Dataset:
@@ -65,20 +61,6 @@ def complete_coco(coco: Coco) -> Coco:
         elif "area" not in annotation and len(box := annotation.get("bbox") or []) == 4:
             annotation["area"] = box[2] * box[3]
     return coco
-
-
-def image_size(path: str) -> tuple[int, int]:
-    """
-    Return the width and height of an image as :func:`read_image` turns it; raise
-    :class:`UserError` if it is none.
-    """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            is_turned = image.getexif().get(_EXIF_ORIENTATION, 1) >= _TURNED
-    except Exception as e:  # Pillow raises errors of all types for damaged files
-        raise UserError(f"The image {path} cannot be read: {e}.") from e
-    return (height, width) if is_turned else (width, height)
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
