@@ -1,8 +1,9 @@
 """Prepare the splits of a dataset: the same classes in both, and a validation split."""
 
+import itertools
 import logging
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from typing import Any
 
 Coco = dict[str, Any]
@@ -47,24 +48,35 @@ def split_dataset(coco: Coco, fraction: float = 0.2, seed: int = 0) -> dict[str,
     ids = [image["id"] for image in coco["images"]]
     if len(ids) < 2:
         raise ValueError("one image cannot be split")
-    images_of = defaultdict(set)
-    for annotation in coco["annotations"]:
-        images_of[annotation["category_id"]].add(annotation["image_id"])
     random.Random(seed).shuffle(ids)
     number = min(len(ids) - 1, max(1, round(fraction * len(ids))))
+    classes_of: dict[Any, set[Any]] = {id: set() for id in ids}
+    for annotation in coco["annotations"]:
+        classes_of.get(annotation["image_id"], set()).add(annotation["category_id"])
+    images_of: dict[Any, list[Any]] = {a["category_id"]: [] for a in coco["annotations"]}
+    for id in ids:
+        for category in classes_of[id]:
+            images_of[category].append(id)
+    in_train = {category: len(images) for category, images in images_of.items()}
     val: set[Any] = set()
 
     def is_free(id: Any) -> bool:
         """Whether each class of an image has another one for training."""
-        return all(images - val - {id} for images in images_of.values() if id in images)
+        return id not in val and all(in_train[category] > 1 for category in classes_of[id])
+
+    def move(id: Any) -> None:
+        val.add(id)
+        for category in classes_of[id]:
+            in_train[category] -= 1
 
     # The rarest class first, which has the fewest images to choose from.
-    for images in sorted(images_of.values(), key=len):
-        if not images & val and len(val) < len(ids) - 1:
-            val.update(next(([id] for id in ids if id in images and is_free(id)), []))
+    for category, images in sorted(images_of.items(), key=lambda item: len(item[1])):
+        if in_train[category] == len(images) and len(val) < len(ids) - 1:
+            for id in itertools.islice(filter(is_free, images), 1):
+                move(id)
     for id in ids:
-        if len(val) < number and id not in val and is_free(id):
-            val.add(id)
+        if len(val) < number and is_free(id):
+            move(id)
     return {"train": _select(coco, set(ids) - val), "val": _select(coco, val)}
 
 

@@ -1,4 +1,7 @@
 import copy
+import gc
+import random
+import time
 
 import pytest
 
@@ -64,3 +67,20 @@ def test_class_of_the_second_split_alone_gets_a_new_id():
     assert [a["category_id"] for a in val["annotations"]] == [
         train["categories"][1]["id"], train["categories"][0]["id"],
     ]  # fmt: skip
+
+
+def test_time_is_linear_in_the_number_of_images():
+    gc.disable()  # the time of which depends on all objects of the process
+
+    def seconds(n):
+        rng = random.Random(0)
+        coco = make_coco([{rng.randrange(80), 0} for _ in range(n)], names=map(str, range(80)))
+        start = time.process_time()
+        split_dataset(coco)
+        return time.process_time() - start
+
+    try:
+        small, large = (min(seconds(n) for _ in range(3)) for n in (16_000, 64_000))
+    finally:
+        gc.enable()
+    assert large < 10 * small  # 16 times if it were quadratic
