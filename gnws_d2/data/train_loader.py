@@ -1,5 +1,6 @@
 """Detectron2's training loader, resumable at any iteration."""
 
+import contextlib
 import itertools
 import logging
 import math
@@ -9,7 +10,8 @@ import signal
 import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,13 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.build import _train_loader_from_config, trivial_batch_collator
+from detectron2.data.samplers import RandomSubsetTrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..utils.errors import UserError
 from ..utils.process import end_with_parent, release_freed_memory
-from .dataset_mapper import BadImageError
+from .dataset_mapper import BadImageError, image_size
 
 # An element of the stream: its position there, and an index into the dataset.
 _Key = tuple[int, int]
@@ -60,6 +63,7 @@ class TrainLoader:
             dataset: a list, or a map-style dataset, of Detectron2's dataset dicts.
             mapper, aspect_ratio_grouping, num_workers: see
                 :func:`build_detection_train_loader`. The mapper uses `random` and `np.random`.
+                Images without width and height in `dataset` are grouped with the upright ones.
             sampler: one of Detectron2's, which yields the indices of all processes.
             batch_size: images per batch of this process.
             seed: seed of the order of the images and of the augmentation.
@@ -71,7 +75,9 @@ class TrainLoader:
         self._dataset = _SeededDataset(dataset, mapper, on_bad_image)
         self._sampler: Any = sampler
         records = (dataset[i] for i in range(len(dataset)))
-        self._groups = [aspect_ratio_grouping and r["width"] > r["height"] for r in records]
+        self._groups = [
+            aspect_ratio_grouping and r.get("width", 0) > r.get("height", 0) for r in records
+        ]
         self._batch_size = batch_size
         self._num_workers = num_workers
         # The iteration and position in the stream since which the run has had this number of
@@ -80,7 +86,7 @@ class TrainLoader:
         self._bad_images: set[str] = set()
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        self._sampler._seed = self._dataset.seed = self.seed  # that of the run that is resumed
+        self._seed_sampler()
         loader = DataLoader(
             self._dataset,
             batch_sampler=itertools.islice(self._batches(), self._skip, None),  # type: ignore
@@ -106,6 +112,15 @@ class TrainLoader:
                         f"({len(self._bad_images)} bad files so far)."
                     )
             yield batch
+
+    def _seed_sampler(self) -> None:
+        """Have the sampler yield the stream of the seed, which is that of a run that is resumed."""
+        self._sampler._seed = self._dataset.seed = self.seed
+        if isinstance(self._sampler, RandomSubsetTrainingSampler):  # draws by another seed
+            generator = torch.Generator().manual_seed(derive_seed(self.seed))
+            order = torch.randperm(self._sampler._size, generator=generator)
+            subset = order[: self._sampler._size_subset]
+            self._sampler._indexes_subset, self._dataset.indices = subset, subset.tolist()
 
     def _batches(self) -> Iterator[list[_Key]]:
         start, step = self._position + comm.get_rank(), comm.get_world_size()
@@ -183,6 +198,7 @@ class _SeededDataset(Dataset):
     def __init__(self, dataset: Any, mapper: Callable, on_bad_image: str):
         self.dataset, self.mapper, self.skip = dataset, mapper, on_bad_image == "skip"
         self.seed = 0
+        self.indices: Sequence[int] = range(len(dataset))  # of the images to train on
 
     def __getitem__(self, key: _Key) -> dict[str, Any]:
         position, index = key
@@ -208,7 +224,7 @@ class _SeededDataset(Dataset):
                     f"{e} So are {_MAX_REPLACEMENTS - 1} others that were drawn in its place: "
                     "INPUT.ON_BAD_IMAGE skip is for single bad images."
                 ) from e
-            return self._map(random.randrange(len(self.dataset)), bad_images)
+            return self._map(random.choice(self.indices), bad_images)
         return {**record, "bad_images": bad_images} if bad_images else record
 
 
@@ -228,19 +244,18 @@ def load_train_set(cfg: CfgNode) -> DatasetFromList:
     metadata: dict[str, dict[str, Any]] = {}
     dataset, path = None, ""
     if comm.get_local_rank() == 0:
-        dataset = DatasetFromList(
-            get_detection_dataset_dicts(
-                cfg.DATASETS.TRAIN,
-                filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-                min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-                if cfg.MODEL.KEYPOINT_ON
-                else 0,
-                proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN
-                if cfg.MODEL.LOAD_PROPOSALS
-                else None,
-            ),
-            copy=False,
+        records = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+            if cfg.MODEL.KEYPOINT_ON
+            else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
+        if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+            _fill_in_sizes(records)
+        dataset = DatasetFromList(records, copy=False)
+        del records
         release_freed_memory()
     if comm.get_world_size() == 1:
         return dataset
@@ -259,6 +274,18 @@ def load_train_set(cfg: CfgNode) -> DatasetFromList:
     for name, classes in metadata.items():
         MetadataCatalog.get(name).set(**classes)
     return dataset
+
+
+def _fill_in_sizes(records: list[dict[str, Any]]) -> None:
+    """Read the sizes of images that have none in their dataset, to group them by aspect ratio."""
+
+    def fill_in(record: dict[str, Any]) -> None:
+        with contextlib.suppress(BadImageError):  # ON_BAD_IMAGE is for when it is trained on
+            record["width"], record["height"] = image_size(record["file_name"])
+
+    unknown = [record for record in records if "width" not in record or "height" not in record]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(fill_in, unknown))
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable) -> TrainLoader:

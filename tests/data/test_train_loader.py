@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.data import build_detection_train_loader
-from detectron2.data.samplers import TrainingSampler
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
+from detectron2.data.detection_utils import check_image_size
+from detectron2.data.samplers import RandomSubsetTrainingSampler, TrainingSampler
 from detectron2.utils import comm
+from PIL import Image
 
-from gnws_d2.data.dataset_mapper import BadImageError
-from gnws_d2.data.train_loader import TrainLoader
+from gnws_d2.config import load_config
+from gnws_d2.data.dataset_mapper import BadImageError, read_image
+from gnws_d2.data.train_loader import TrainLoader, build_train_loader
 from gnws_d2.utils.errors import UserError
 
 
@@ -137,6 +140,83 @@ def test_generators_of_the_process_are_left_alone():
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     take(make_loader(), 3)
     assert (random.random(), np.random.rand(), torch.rand(1)) == expected
+
+
+@pytest.mark.parametrize("grouping", [True, False])
+def test_dataset_without_sizes_is_grouped_by_those_of_the_files(tmp_path, grouping):
+    """As one that the user registers, with a picture that is not there."""
+    sizes = [(4, 3), (3, 4), (5, 3), (3, 5), (6, 3), (3, 6)]
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size).save(tmp_path / f"{i}.png")
+
+    def load():
+        annotations = [{"category_id": 0, "iscrowd": 0}]
+        files = [str(tmp_path / f"{i}.png") for i in range(len(sizes) + 1)]
+        return [
+            {"file_name": f, "image_id": i, "annotations": annotations} for i, f in enumerate(files)
+        ]
+
+    DatasetCatalog.register("without_sizes", load)
+    try:
+        keys = ["DATASETS.TRAIN", "('without_sizes',)", "SOLVER.IMS_PER_BATCH", "2"]
+        keys += ["DATALOADER.ASPECT_RATIO_GROUPING", str(grouping), "DATALOADER.NUM_WORKERS", "0"]
+        keys += ["INPUT.ON_BAD_IMAGE", "skip"]
+        cfg = load_config("quick_start", keys)
+
+        def map_one(record):
+            image = read_image(record["file_name"], "BGR")
+            check_image_size(record, image)
+            return {"wide": image.shape[1] > image.shape[0], "i": record["image_id"]}
+
+        batches = take(build_train_loader(cfg, map_one), 40)
+    finally:
+        DatasetCatalog.remove("without_sizes")
+        MetadataCatalog.pop("without_sizes", None)
+    assert {x["i"] for batch in batches for x in batch} == set(range(len(sizes)))
+    mixed = sum(a["wide"] != b["wide"] for a, b in batches)
+    # A picture that takes the place of the missing one may have another shape.
+    assert mixed < 10 if grouping else mixed > 10
+
+
+def subset_stream(monkeypatch, world_size, state=None, start=0, n=40):
+    """The images of all processes of a run on a quarter of 40 images, and its state at the end."""
+    monkeypatch.setattr(comm, "get_world_size", lambda: world_size)
+    seen, seeds = [], np.random.randint(2**31, size=2).tolist()  # as Detectron2 draws them
+    for rank in range(world_size):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        sampler = RandomSubsetTrainingSampler(n, 0.25, True, *seeds)
+        sampler._rank, sampler._world_size = 0, 1  # as in build_train_loader
+        loader = make_loader(n=n, sampler=sampler, grouping=False, seed=seeds[0])
+        if state:
+            assert loader.load_state_dict(state) == start
+        seen.append([[x["i"] for x in batch] for batch in take(loader, 12)])
+    return seen, loader.state_dict(start + 5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_random_subset_stays_the_same_when_resumed(monkeypatch, world_size):
+    whole, state = subset_stream(monkeypatch, world_size)
+    resumed, _ = subset_stream(monkeypatch, world_size, state, start=5)
+    for before, after in zip(whole, resumed):
+        assert before[5:] == after[:7]
+    assert len({i for rank in whole + resumed for batch in rank for i in batch}) == 10
+
+
+def test_bad_image_of_a_subset_is_replaced_by_one_of_the_subset():
+    sampler = RandomSubsetTrainingSampler(40, 0.25, seed_shuffle=0, seed_subset=0)
+    good = make_loader(n=40, sampler=sampler, grouping=False)
+    subset = {x["i"] for batch in take(good, 20) for x in batch}
+    first = min(subset)
+
+    def bad_first(record):
+        if record["i"] == first:
+            raise BadImageError("The image is empty.")
+        return record
+
+    loader = make_loader(
+        n=40, sampler=sampler, grouping=False, mapper=bad_first, on_bad_image="skip"
+    )
+    assert {x["i"] for batch in take(loader, 40) for x in batch} == subset - {first}
 
 
 def run_code(code, **kwargs):
