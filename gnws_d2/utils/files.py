@@ -1,6 +1,7 @@
 """Atomic file writes."""
 
 import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Iterator
@@ -37,6 +38,9 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
             return
         try:
             os.fsync(directory)
+        except OSError as e:
+            if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # as of network disks without it
+                raise
         finally:
             os.close(directory)
     except OSError as e:
