@@ -16,6 +16,7 @@ from detectron2.utils.file_io import PathManager
 from ..checkpoint.checkpointer import find_checkpoint
 from ..config import check_choice, check_device
 from ..data import check_datasets
+from ..evaluation import check_evaluators
 from ..utils.compat import LAUNCHES_ON_CPU, detectron2_version
 from ..utils.errors import UserError
 
@@ -40,6 +41,7 @@ def check_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         loads_itself = dist.is_torchelastic_launched() or args.num_gpus * args.num_machines == 1
         keys = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
         check_datasets(cfg, keys, keep=loads_itself)
+        check_evaluators(cfg)
     if args.eval_only and cfg.TEST.PREDICTIONS:
         if len(cfg.DATASETS.TEST) != 1:
             raise UserError(

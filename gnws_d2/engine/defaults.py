@@ -29,7 +29,7 @@ from ..config import choose_device, find_config_file, load_config
 from ..data import OpenCVDatasetMapper, register_coco_datasets
 from ..data.coco import dataset_classes
 from ..data.train_loader import TrainLoader, build_train_loader, derive_seed
-from ..evaluation import COCOEvaluator, read_results, results_json
+from ..evaluation import COCOEvaluator, build_evaluator, read_results
 from ..layers import fold_for_inference
 from ..modeling import checkpoint_activations
 from ..modeling.backbone import check_kernels
@@ -285,8 +285,13 @@ class Trainer(DefaultTrainer):
         (name,) = cfg.DATASETS.TEST
         DatasetCatalog.get(name)  # fills in the class names
         predictions = read_results(cfg.TEST.PREDICTIONS)
+        evaluator = cls.build_evaluator(cfg, name)
+        if not isinstance(evaluator, COCOEvaluator):
+            raise UserError(
+                f"TEST.PREDICTIONS is for datasets in COCO format, which {name} is not."
+            )
         try:
-            results = cls.build_evaluator(cfg, name).evaluate_results(predictions)
+            results = evaluator.evaluate_results(predictions)
         except ValueError as e:
             raise UserError(f"{cfg.TEST.PREDICTIONS} does not fit the dataset {name}: {e}.") from e
         print_csv_format(results)
@@ -304,7 +309,5 @@ class Trainer(DefaultTrainer):
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
-        output_dir = os.path.dirname(results_json(cfg.OUTPUT_DIR, cfg, dataset_name))
-        return COCOEvaluator(dataset_name, tasks, output_dir)
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        return build_evaluator(cfg, dataset_name)

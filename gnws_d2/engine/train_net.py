@@ -3,7 +3,10 @@
 import argparse
 from datetime import timedelta
 
+from detectron2.config import CfgNode
 from detectron2.engine import launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
 from torch import distributed as dist
 
 from ..checkpoint import GNWSCheckpointer
@@ -18,18 +21,25 @@ def main(args: argparse.Namespace) -> dict | None:
     cfg = get_config(args)
     default_setup(cfg, args)
 
-    if args.eval_only and cfg.TEST.PREDICTIONS:
-        return Trainer.test_predictions(cfg)
     if args.eval_only:
-        model = Trainer.build_model(cfg)
-        classes = dataset_classes(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else None
-        checkpointer = GNWSCheckpointer(model, cfg.OUTPUT_DIR, strict=True, classes=classes)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        return Trainer.test(cfg, model)
+        results = _evaluate(cfg, args)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
 
     trainer = Trainer(cfg, args.config_file)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
+
+
+def _evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict:
+    if cfg.TEST.PREDICTIONS:
+        return Trainer.test_predictions(cfg)
+    model = Trainer.build_model(cfg)
+    classes = dataset_classes(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else None
+    checkpointer = GNWSCheckpointer(model, cfg.OUTPUT_DIR, strict=True, classes=classes)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    return Trainer.test(cfg, model)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,3 +1,4 @@
+from .build import build_evaluator, check_evaluators
 from .coco_evaluation import (
     COCOEvaluator,
     evaluate_results,
@@ -6,4 +7,12 @@ from .coco_evaluation import (
     results_json,
 )
 
-__all__ = ["COCOEvaluator", "evaluate_results", "read_results", "read_truth", "results_json"]
+__all__ = [
+    "COCOEvaluator",
+    "build_evaluator",
+    "check_evaluators",
+    "evaluate_results",
+    "read_results",
+    "read_truth",
+    "results_json",
+]

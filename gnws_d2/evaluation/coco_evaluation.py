@@ -11,10 +11,11 @@ import json
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.evaluation import COCOEvaluator as _COCOEvaluator
@@ -28,6 +29,9 @@ from ..utils.files import atomic_write
 
 try:
     import hotcoco
+
+    # Detectron2 reads and evaluates LVIS with the package lvis, which does not run with NumPy 2.
+    hotcoco.init_as_lvis()
 except ImportError:
     hotcoco = None  # type: ignore[assignment]
 
@@ -42,14 +46,27 @@ class COCOEvaluator(_COCOEvaluator):
     or no mask AP.
     """
 
-    def __init__(self, dataset_name: str, tasks: tuple[str, ...], output_dir: str | None = None):
+    def __init__(
+        self,
+        dataset_name: str,
+        tasks: tuple[str, ...],
+        output_dir: str | None = None,
+        kpt_oks_sigmas: Sequence[float] = (),
+    ):
         """
         Args:
             dataset_name: a registered dataset with annotations in COCO format.
             tasks: some of "bbox", "segm" and "keypoints".
             output_dir: the directory of ``coco_instances_results.json``.
+            kpt_oks_sigmas: ``TEST.KEYPOINT_OKS_SIGMAS``.
         """
-        super().__init__(dataset_name, tasks, output_dir=output_dir, use_fast_impl=False)
+        super().__init__(
+            dataset_name,
+            tasks,
+            output_dir=output_dir,
+            use_fast_impl=False,
+            kpt_oks_sigmas=kpt_oks_sigmas,
+        )
 
     def evaluate(self, img_ids: list[int] | None = None) -> dict[str, Any]:
         """
@@ -90,7 +107,9 @@ class COCOEvaluator(_COCOEvaluator):
         truth = read_truth(self._metadata.json_file)
         for task in self._tasks:
             self._logger.info(f"Computing AP, {task} ...")
-            evaluation = evaluate_results(truth, results, task, img_ids)
+            evaluation = evaluate_results(
+                truth, results, task, img_ids, kpt_oks_sigmas=self._kpt_oks_sigmas
+            )
             self._results[task] = self._derive_coco_results(
                 evaluation, task, class_names=self._metadata.get("thing_classes")
             )
@@ -120,6 +139,7 @@ def evaluate_results(
     task: str,
     img_ids: list[int] | None = None,
     iou_threshold: float | None = None,
+    kpt_oks_sigmas: Sequence[float] = (),
 ) -> Any:
     """
     Args:
@@ -129,6 +149,7 @@ def evaluate_results(
         task: "bbox", "segm" or "keypoints".
         img_ids: the images to evaluate on (default: all).
         iou_threshold: match at this IoU alone, objects of all sizes, without AP.
+        kpt_oks_sigmas: of each keypoint (default: those of COCO's 17).
 
     Returns:
         hotcoco's or pycocotools' :class:`COCOeval`, evaluated, and, unless `iou_threshold` is
@@ -149,6 +170,8 @@ def evaluate_results(
         params = evaluation.params
         if img_ids is not None:
             params.imgIds = sorted(img_ids)
+        if len(kpt_oks_sigmas):
+            params.kpt_oks_sigmas = np.array(kpt_oks_sigmas)
         if iou_threshold is not None:
             params.iouThrs, params.areaRng = [iou_threshold], params.areaRng[:1]
             params.areaRngLbl = params.areaRngLbl[:1]
@@ -195,7 +218,7 @@ def results_json(output_dir: str, cfg: CfgNode, dataset_name: str) -> str:
         output_dir: ``OUTPUT_DIR`` of a run, which may have been moved.
     """
     # A directory for each dataset: Detectron2 would overwrite the results of the one before.
-    name = dataset_name if len(cfg.DATASETS.TEST) > 1 else ""
+    name = dataset_name.lstrip(os.sep) if len(cfg.DATASETS.TEST) > 1 else ""
     return os.path.join(output_dir, "inference", name, "coco_instances_results.json")
 
 

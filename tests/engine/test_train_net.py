@@ -265,3 +265,17 @@ def test_new_training_forgets_the_checkpoints_of_another(fruits, tmp_path):
     assert run.stdout.count("Stopped by SIGINT after iteration") == 1
     assert (tmp_path / "output" / "last_checkpoint").read_text() in os.listdir(tmp_path / "output")
     assert processes_of_test() == []
+
+
+@pytest.mark.parametrize("expected, status", [(100, 0), (50, 1)])
+def test_evaluation_is_compared_with_the_expected_results(
+    photographs, fruits, tmp_path, expected, status
+):
+    options, keys = fruits
+    results = [{**a, "score": 0.9} for a in photographs.coco()["annotations"]]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    keys += ["TEST.PREDICTIONS", "results.json", "MODEL.DEVICE", "cpu"]
+    keys += ["TEST.EXPECTED_RESULTS", f"[['bbox', 'AP', {expected}, 0.1]]"]
+    run = train_net("--eval-only", *options, *keys, datasets=tmp_path)
+    assert run.returncode == status, run.stderr
+    assert ("verification failed" in run.stdout) == bool(status)

@@ -1,0 +1,135 @@
+"""Datasets are evaluated as their evaluator_type says, as by pycocotools and Detectron2."""
+
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets.lvis import register_lvis_instances
+from detectron2.evaluation import COCOEvaluator as Detectron2sEvaluator
+from detectron2.evaluation import LVISEvaluator
+from detectron2.structures import Boxes, Instances
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from gnws_d2.config import load_config
+from gnws_d2.evaluation import build_evaluator, check_evaluators
+from gnws_d2.utils.errors import UserError
+
+NAMES = ["date", "fig", "hazelnut"]
+
+
+@pytest.fixture
+def forget():
+    """Remove what a test has registered."""
+    before = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name, None)
+
+
+def config_of(name, tmp_path, *keys):
+    keys = ["DATASETS.TEST", f"('{name}',)", "DATASETS.TRAIN", "()", *keys]
+    return load_config("quick_start", [*keys, "OUTPUT_DIR", str(tmp_path / "out")])
+
+
+def predict(coco, image):
+    """The objects of an image, moved a little, with their keypoints if they have any."""
+    rng = np.random.default_rng(image["id"])
+    annotations = [a for a in coco["annotations"] if a["image_id"] == image["id"]]
+    boxes = np.array([a["bbox"] for a in annotations]) + rng.normal(0, 8, (len(annotations), 4))
+    boxes[:, 2:] += boxes[:, :2]
+    instances = Instances((image["height"], image["width"]))
+    instances.pred_boxes = Boxes(torch.tensor(boxes))
+    instances.scores = torch.tensor(rng.random(len(boxes)))
+    instances.pred_classes = torch.tensor([a["category_id"] - 1 for a in annotations])
+    if "keypoints" in annotations[0]:
+        keypoints = np.array([a["keypoints"] for a in annotations], float).reshape(-1, 5, 3)
+        keypoints[:, :, :2] += rng.normal(0, 10, keypoints[:, :, :2].shape)
+        instances.pred_keypoints = torch.tensor(keypoints)
+    return {"instances": instances}
+
+
+def evaluate(evaluator, coco):
+    evaluator.reset()
+    with contextlib.redirect_stdout(io.StringIO()):
+        for image in coco["images"]:
+            evaluator.process([{"image_id": image["id"]}], [predict(coco, image)])
+        return evaluator.evaluate()
+
+
+def test_lvis_is_evaluated_by_the_frequency_of_classes(photographs, tmp_path, forget):
+    """With a class each that is frequent, rare and common, of which COCO's AP is the reference."""
+    coco = photographs.coco()
+    for image in coco["images"]:
+        lists = {"neg_category_ids": [], "not_exhaustive_category_ids": []}
+        image.update(lists, coco_url=f"http://images/{image['file_name']}")
+    for category, frequency in zip(coco["categories"], "frc"):
+        category.update(frequency=frequency, image_count=1, instance_count=1)
+    path = tmp_path / "lvis.json"
+    path.write_text(json.dumps(coco))
+    metadata = {"thing_classes": NAMES}
+    register_lvis_instances("lvis_fruits", metadata, str(path), str(photographs.images))
+    cfg = config_of("lvis_fruits", tmp_path, "MODEL.MASK_ON", "False")
+    check_evaluators(cfg)
+    assert len(DatasetCatalog.get("lvis_fruits")) == 18
+    evaluator = build_evaluator(cfg, "lvis_fruits")
+    assert isinstance(evaluator, LVISEvaluator)
+    ap = evaluate(evaluator, coco)["bbox"]
+    results = json.loads(
+        (tmp_path / "out" / "inference" / "lvis_instances_results.json").read_text()
+    )
+    for key, category in (("APf", 1), ("APr", 2), ("APc", 3)):
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO(str(path))
+            expected = COCOeval(truth, truth.loadRes(results), "bbox")
+            expected.params.catIds = [category]
+            expected.evaluate(), expected.accumulate(), expected.summarize()
+        assert ap[key] == pytest.approx(100 * expected.stats[0]) and 20 < ap[key] < 95
+
+
+def test_keypoints_are_evaluated_with_the_sigmas_of_the_config(photographs, tmp_path, forget):
+    coco = photographs.coco()
+    for a in coco["annotations"]:
+        x, y, w, h = a["bbox"]
+        points = [(x, y), (x + w, y), (x, y + h), (x + w, y + h), (x + w / 2, y + h / 2)]
+        a["keypoints"] = [round(v) for px, py in points for v in (px, py, 2)]
+        a["num_keypoints"] = 5
+    path = tmp_path / "keypoints.json"
+    path.write_text(json.dumps(coco))
+    register_coco_instances("key_fruits", {}, str(path), str(photographs.images))
+    metadata = MetadataCatalog.get("key_fruits")
+    metadata.set(thing_classes=NAMES, thing_dataset_id_to_contiguous_id={1: 0, 2: 1, 3: 2})
+    sigmas = [0.1, 0.05, 0.05, 0.05, 0.02]
+    keys = ["MODEL.KEYPOINT_ON", "True", "MODEL.MASK_ON", "False"]
+    keys += ["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "5", "TEST.KEYPOINT_OKS_SIGMAS", str(sigmas)]
+    cfg = config_of("key_fruits", tmp_path, *keys)
+    with pytest.raises(UserError, match="key_fruits has 0 keypoint_names"):
+        check_evaluators(cfg)
+    metadata.keypoint_names = list("abcde")
+    check_evaluators(cfg)
+    results = evaluate(build_evaluator(cfg, "key_fruits"), coco)
+    reference = Detectron2sEvaluator(
+        "key_fruits", ("bbox", "keypoints"), use_fast_impl=False, kpt_oks_sigmas=sigmas
+    )
+    expected = evaluate(reference, coco)
+    assert results.keys() == expected.keys() == {"bbox", "keypoints"}
+    for task in results:
+        assert results[task] == pytest.approx(expected[task], nan_ok=True)
+    assert 20 < results["keypoints"]["AP"] < 95
+    keys[-1] = "[]"
+    with pytest.raises(UserError, match=r"TEST.KEYPOINT_OKS_SIGMAS has 17 values"):
+        check_evaluators(config_of("key_fruits", tmp_path, *keys))
+
+
+@pytest.mark.parametrize("name", ["voc_2007_val", "cityscapes_fine_sem_seg_val"])
+def test_other_evaluators_are_refused(tmp_path, name):
+    cfg = config_of(name, tmp_path)
+    for use in (check_evaluators, lambda cfg: build_evaluator(cfg, name)):
+        with pytest.raises(UserError, match=f"{name} has the evaluator_type .* only coco and lvis"):
+            use(cfg)
