@@ -55,8 +55,9 @@ def prepare(
         cores = num_usable_cores()
         device_reason = f"{cores} cores, for small data; the log has the time left (eta)"
     output = os.path.dirname(os.path.abspath(config_file))
-    names = [f"{os.path.basename(output)}_{split}" for split in splits]
-    files = [os.path.join(output, "data", f"{split}.json") for split in splits]
+    # Named by path: another run, or a built-in dataset, may have the name of the directory.
+    names = [os.path.join(output, "data", split) for split in splits]
+    files = [f"{name}.json" for name in names]
     choices = [
         Choice("MODEL.WEIGHTS", weights, f"those of {model}"),
         Choice("MODEL.DEVICE", cfg.MODEL.DEVICE, device_reason),

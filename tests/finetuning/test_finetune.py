@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import uuid
 
 import cv2
 import numpy as np
@@ -16,10 +15,15 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 import gnws_d2
+from gnws_d2.config import load_config
+from gnws_d2.data import check_datasets, register_coco_datasets
 from gnws_d2.data.formats import read_dataset
+from gnws_d2.evaluation import results_json
+from gnws_d2.finetuning.prepare import prepare
 from gnws_d2.utils.errors import UserError
 from gnws_tools.cli import main
 
@@ -142,7 +146,7 @@ def gnws_here(tmp_path, monkeypatch):
 def test_each_format_trains_and_draws(small, tmp_path, gnws_here, write):
     root, coco = small
     write(root, coco)
-    out = tmp_path / f"out_{uuid.uuid4().hex}"  # a name is for one dataset in a process
+    out = tmp_path / "out"
     gnws_here("finetune", "--data", root, "--output", out.name, *SMALL, *KEYS)
     assert (out / "report.html").is_file() and (out / "model_final.pth").is_file()
     written = [json.loads((out / "data" / f"{s}.json").read_text()) for s in ("train", "val")]
@@ -202,6 +206,31 @@ def test_python_trains_and_gets_the_best_checkpoint(small, tmp_path, monkeypatch
     assert predictor.metadata.thing_classes == ["date", "fig", "hazelnut"]
     with pytest.raises(UserError, match="gone has no run to --resume"):
         gnws_d2.finetune(output="gone", resume=True)
+
+
+def test_directories_of_one_name_or_of_a_built_in_dataset_do_not_collide(small, tmp_path):
+    """In one process, as in a notebook."""
+    root, coco = small
+    as_coco(root, coco)
+    for number, output in enumerate(("a/out", "b/out", "shapes")):
+        path, names = tmp_path / output, [f"fruit {number} {i}" for i in range(3)]
+        for category, name in zip(coco["categories"], names):
+            category["name"] = name
+        (root / "annotations" / "instances_default.json").write_text(json.dumps(coco))
+        prepare(
+            str(path / "finetune.yaml"), data=str(root), train=None, val=None, model="quick_start",
+            epochs=1, batch_size=1, num_gpus=1, patience=0, opts=[],
+        )  # fmt: skip
+        cfg = load_config(str(path / "finetune.yaml"), [])
+        register_coco_datasets(cfg.DATASETS.COCO)
+        check_datasets(cfg, ("TRAIN", "TEST"))
+        assert len(DatasetCatalog.get(cfg.DATASETS.TRAIN[0])) == 3
+        assert MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes == names
+    # A run on several datasets writes the results of each into its own directory.
+    cfg.defrost()
+    cfg.DATASETS.TEST = (*cfg.DATASETS.TEST, "shapes_val")
+    path = results_json(str(path), cfg, cfg.DATASETS.TEST[0])
+    assert path.startswith(str(tmp_path / "shapes" / "inference"))
 
 
 def picture(path, size=(64, 48), mode="L"):
@@ -302,8 +331,7 @@ def test_mistake_is_one_sentence(tmp_path, monkeypatch, capsys, what, message):
                 picture(root / f"{name}.png")
             coco_file(root / "labels.json")
     if "--output" not in args:
-        name = f"out_{uuid.uuid4().hex}"  # a name is for one dataset in a process
-        args = ["--output", str(tmp_path / name), *args]
+        args = ["--output", str(tmp_path / "out"), *args]
     if "--model" not in args and "--resume" not in args:
         args = ["--model", "quick_start", *args]
     monkeypatch.setattr(sys, "argv", ["gnws finetune", *args])
