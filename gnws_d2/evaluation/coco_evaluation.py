@@ -29,9 +29,6 @@ from ..utils.files import atomic_write
 
 try:
     import hotcoco
-
-    # Detectron2 reads and evaluates LVIS with the package lvis, which does not run with NumPy 2.
-    hotcoco.init_as_lvis()
 except ImportError:
     hotcoco = None  # type: ignore[assignment]
 

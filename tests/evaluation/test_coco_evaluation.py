@@ -302,7 +302,7 @@ def test_file_of_predictions_has_the_ap_of_the_model_that_made_them(dataset_name
 
 
 def test_predictions_are_kept_when_ap_fails(dataset_name, tmp_path, monkeypatch):
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise MemoryError
 
     monkeypatch.setattr("gnws_d2.evaluation.coco_evaluation.evaluate_results", fail)
