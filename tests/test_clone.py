@@ -43,7 +43,7 @@ def test_script_begins(run, script):
 def test_processes_train_and_a_tool_reads_the_run(run, photographs, tmp_path):
     data = ["--dataset", "fruits", photographs.json_file, photographs.images]
     model = ["--num-gpus", "2", "--config-file", "configs/quick_start.yaml"]
-    names = ["DATASETS.TRAIN", "('fruits',)", "DATASETS.TEST", "('fruits',)"]
+    names = ["DATASETS.TRAIN", "('fruits',)", "DATASETS.TEST", "()"]
     done = run(ROOT / "train_net.py", *model, *data, *TINY, *names)
     assert done.returncode == 0, done.stderr
     checkpoint = tmp_path / "output" / "model_final.pth"
