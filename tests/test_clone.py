@@ -6,7 +6,7 @@ import sys
 import sysconfig
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, launches_on_cpu
 
 SCRIPTS = ("finetune", "demo", "report", "convert_weights", "export_model", "check_dataset")
 TINY = [
@@ -40,6 +40,7 @@ def test_script_begins(run, script):
     assert done.returncode == 0 and f"usage: {script}.py" in done.stdout, done.stderr
 
 
+@launches_on_cpu
 def test_processes_train_and_a_tool_reads_the_run(run, photographs, tmp_path):
     data = ["--dataset", "fruits", photographs.json_file, photographs.images]
     model = ["--num-gpus", "2", "--config-file", "configs/quick_start.yaml"]
