@@ -49,6 +49,7 @@ setup(
             "sahi",
             "supervision",
             "types-PyYAML",
+            "uv",
         ],
     },
 )

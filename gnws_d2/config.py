@@ -30,6 +30,10 @@ def add_gnws_config(cfg: CfgNode) -> None:
     # operators. "reference": no fused operations, but PyTorch's operators one by one, on a CPU,
     # too. All agree to rounding.
     cfg.MODEL.GNWS.KERNELS = "auto"
+    # Whether a ResNet without loaded weights starts with each residual block as the identity: the
+    # weight of its last GroupNorm is 0 (Goyal et al., 2017, section 5.1; MMDetection's
+    # zero_init_residual).
+    cfg.MODEL.GNWS.ZERO_INIT_RESIDUAL = True
 
     # Whether training keeps only the inputs of the ResNet's blocks, and computes the rest again in
     # the backward pass: less memory, more time, the same gradients.

@@ -103,6 +103,6 @@ else
     install -q setuptools
     wheel=$("$python" tools/detectron2_wheel.py requirements.txt "$temporary") || exit 2
 fi
-install --no-build-isolation ${wheel:+"$wheel"} -e ".[$extras]"
+install ${wheel:+"$wheel"} -e ".[$extras]"
 [ -n "$own" ] || { mkdir -p .venv/.set_up && echo "$state" >"$done"; }
 echo "$python" >&3

@@ -40,8 +40,8 @@ def generate_shapes(output_dir: str, num_images: int, seed: int) -> None:
         image = np.repeat((1 - t) * left + t * right, IMAGE_SIZE, axis=0).astype(np.uint8)
         background = (left + right) / 2
         occupied = np.zeros((0, 3))  # x, y, radius of the shapes so far
-        for _ in range(rng.randint(1, 9)):
-            radius = rng.uniform(18, 34)
+        for _ in range(rng.randint(1, 7)):
+            radius = rng.uniform(22, 40)
             center = rng.uniform(radius, IMAGE_SIZE - radius, 2)
             distance = np.linalg.norm(occupied[:, :2] - center, axis=1)
             if (distance < occupied[:, 2] + radius + 2).any():
@@ -49,7 +49,7 @@ def generate_shapes(output_dir: str, num_images: int, seed: int) -> None:
             occupied = np.append(occupied, [[*center, radius]], axis=0)
             category = rng.randint(len(CLASSES))
             color = rng.randint(0, 256, 3)
-            while np.abs(color - background).sum() < 150:
+            while np.abs(color - background).sum() < 240:
                 color = rng.randint(0, 256, 3)
             n, first = _CORNERS[CLASSES[category]]
             angles = first + rng.uniform(-_MAX_TILT, _MAX_TILT) + 2 * np.pi * np.arange(n) / n

@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
-from detectron2.modeling.backbone.resnet import BasicStem
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +23,7 @@ def build_resnet_gnws_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     Build Detectron2's :func:`build_resnet_backbone` with every convolution weight-standardized.
 
     Args:
-        cfg: reads ``MODEL.RESNETS.*``, ``MODEL.BACKBONE.FREEZE_AT`` and ``MODEL.GNWS.KERNELS``.
+        cfg: reads ``MODEL.RESNETS.*``, ``MODEL.BACKBONE.FREEZE_AT`` and ``MODEL.GNWS.*``.
         input_shape: its ``channels`` are those of the image.
 
     Returns:
@@ -34,7 +34,9 @@ def build_resnet_gnws_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
         UserError: see :func:`check_keys`.
     """
     kernels = check_keys(cfg, "RESNETS")
-    return convert_ws_conv(build_resnet_backbone(cfg, input_shape), kernels)
+    backbone = build_resnet_backbone(cfg, input_shape)
+    _initialize(backbone, cfg)
+    return convert_ws_conv(backbone, kernels)
 
 
 @BACKBONE_REGISTRY.register()
@@ -48,7 +50,17 @@ def build_resnet_gnws_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         A backbone from (N, C, H, W) images to ``{"p2": ..., "p6": ...}``.
     """
     kernels = check_keys(cfg, "RESNETS", "FPN")
-    return convert_ws_conv(build_resnet_fpn_backbone(cfg, input_shape), kernels)
+    backbone = build_resnet_fpn_backbone(cfg, input_shape)
+    _initialize(backbone.bottom_up, cfg)
+    return convert_ws_conv(backbone, kernels)
+
+
+def _initialize(resnet: ResNet, cfg: CfgNode) -> None:
+    if "GNWS" in cfg.MODEL and cfg.MODEL.GNWS.ZERO_INIT_RESIDUAL:
+        for block in resnet.modules():
+            if isinstance(block, CNNBlockBase) and not isinstance(block, BasicStem):
+                last = block.conv2 if isinstance(block, BasicBlock) else block.conv3
+                nn.init.zeros_(last.norm.weight)
 
 
 def checkpoint_activations(backbone: nn.Module) -> None:

@@ -320,8 +320,9 @@ def load():
     MetadataCatalog.get("mine").thing_classes = ["a", "b"]
     with open("loaded", "a") as f:
         f.write(f"{comm.get_rank()}")
+    annotations = [{"category_id": 0, "iscrowd": 0}]
     return [
-        {"image_id": i, "annotations": [{"category_id": 0, "iscrowd": 0}] * (i != 3)}
+        {"image_id": i, "width": 9, "height": 9, "annotations": annotations * (i != 3)}
         for i in range(9)
     ]
 

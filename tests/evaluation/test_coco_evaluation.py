@@ -326,9 +326,9 @@ def main(json_file, images):
     register_coco_datasets([["fruits", json_file, images]])
     DatasetCatalog.get("fruits")
     evaluate_results = coco_evaluation.evaluate_results
-    def slow(*args):
+    def slow(*args, **kwargs):
         time.sleep(8)
-        return evaluate_results(*args)
+        return evaluate_results(*args, **kwargs)
     coco_evaluation.evaluate_results = slow
     evaluator = COCOEvaluator("fruits", ("bbox",), "output")
     evaluator.reset()

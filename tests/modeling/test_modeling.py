@@ -27,6 +27,7 @@ from gnws_d2.utils.errors import UserError
 def get_config(name="mask_rcnn_R50_gnws_2x"):
     cfg = model_zoo.get_config(name)
     cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.GNWS.ZERO_INIT_RESIDUAL = False  # with random weights, all blocks should matter
     return cfg
 
 
@@ -230,6 +231,23 @@ def test_backbone_without_fpn_has_detectron2s_features():
         "res5": (1, 2048, 2, 2),
     }
     assert isinstance(backbone.stem.conv1, WSConv2d)
+
+
+@pytest.mark.parametrize("name", ["build_resnet_gnws_backbone", "build_resnet_gnws_fpn_backbone"])
+@pytest.mark.parametrize("depth", [18, 50])
+def test_residual_blocks_start_as_the_identity(name, depth):
+    cfg = get_config()
+    cfg.MODEL.GNWS.ZERO_INIT_RESIDUAL = True
+    cfg.MODEL.RESNETS.DEPTH = depth
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64 if depth == 18 else 256
+    backbone = BACKBONE_REGISTRY.get(name)(cfg, ShapeSpec(channels=3))
+    resnet = backbone if "fpn" not in name else backbone.bottom_up
+    x = torch.rand(2, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, 8, 8)
+    identity, *_ = [block for block in resnet.res2 if block.shortcut is None]
+    assert torch.equal(identity(x), x)
+    for block in (block for stage in resnet.stages for block in stage):
+        norms = [m.norm.weight for m in block.modules() if isinstance(m, WSConv2d)]
+        assert sum(not w.any() for w in norms) == 1
 
 
 @pytest.mark.parametrize("section", ["RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"])
