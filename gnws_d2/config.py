@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.config.defaults import _C
 
@@ -112,15 +113,17 @@ def flatten_config(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
 
 
 def load_config(
-    config_file: str, opts: list[str], datasets: Sequence[Sequence[str]] = ()
+    config_file: str, opts: Sequence[Any], datasets: Sequence[Sequence[str]] = (), text: str = ""
 ) -> CfgNode:
     """
-    Read a config file without running code that it may contain.
+    Read a config file without running code that it may contain. The ``config.yaml`` of a run has
+    its directory as ``OUTPUT_DIR``, also if that has been moved or copied.
 
     Args:
         config_file: see :func:`find_config_file`.
         opts: KEY VALUE pairs that override it.
         datasets: those of ``--dataset``, to add to ``DATASETS.COCO``.
+        text: the config, if it is not that of `config_file`, but in a checkpoint beside it.
 
     Returns:
         A frozen config.
@@ -132,11 +135,17 @@ def load_config(
     cfg = get_cfg()
     config_file = find_config_file(config_file)
     try:
-        cfg.merge_from_file(config_file, allow_unsafe=False)
+        if text:
+            cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(text)))
+        else:
+            cfg.merge_from_file(config_file, allow_unsafe=False)
     except Exception as e:  # Detectron2, yacs and YAML raise almost anything
         raise UserError(f"--config-file {config_file}: {_describe_error(e, cfg)}") from e
+    directory, name = os.path.split(config_file)
+    if name == "config.yaml" and os.path.isfile(os.path.join(directory, "run.json")):
+        cfg.OUTPUT_DIR = directory or "."
     try:
-        cfg.merge_from_list(opts)
+        cfg.merge_from_list(list(opts))
     except Exception as e:
         hint = " Options like --resume go before KEY VALUE pairs."
         hint = hint if any(str(opt).startswith("--") for opt in opts) else ""

@@ -123,7 +123,7 @@ def small_mask_rcnn(path, classes):
     for key, value in state.items():
         random = torch.randn(value.shape, generator=generator)
         if value.dim() > 1:
-            scale = 3 if "cls_score" in key else 0.1 if "delta" in key or "bbox" in key else 1
+            scale = 2 if "cls_score" in key else 0.1 if "delta" in key or "bbox" in key else 1
             state[key] = random * scale * (2 / value[0].numel()) ** 0.5
         elif key.endswith("norm.weight"):
             state[key] = (0.2 if "conv3" in key else 1) * (1 + 0.1 * random)

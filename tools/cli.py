@@ -122,8 +122,9 @@ def train(parser: ArgumentParser) -> None:
     name = os.path.basename(args.config_file).removesuffix(".yaml")
     if args.config_file and f"{name}.yaml" not in os.listdir(configs):
         _check_paths(parser, "--config-file", [args.config_file])
-    from gnws_d2.engine.train_net import run
+    from gnws_d2.engine.train_net import run, separate_evaluation
 
+    separate_evaluation(args)
     run(args)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import zipfile
 from http.client import HTTPException
 from typing import Any
 
@@ -46,16 +47,7 @@ def load_checkpoint(path: str) -> dict[str, Any]:
         UserError: if the file cannot be read, has an unknown format, code or non-finite values.
     """
     file = find_checkpoint(path)
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as e:
-        raise UserError(f"Cannot read the checkpoint {file}: {e.strerror or e}.") from e
-    except Exception as e:  # a damaged file can fail in any way
-        if code := re.search(r"\bGLOBAL (\S+)", str(e)):
-            raise UserError(f"{file} is refused: loading it would run {code[1]}.") from e
-        raise DamagedCheckpointError(
-            f"{file} is damaged, or no PyTorch checkpoint but a web page or a pickle."
-        ) from e
+    checkpoint = _read(file)
     try:
         checkpoint = convert_to_detectron2(checkpoint)
         bad = [name for name, value in checkpoint["model"].items() if not value.isfinite().all()]
@@ -64,6 +56,26 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     if bad:
         raise UserError(f"The checkpoint {file} has values that are not finite in {bad[0]}.")
     return checkpoint
+
+
+def _read(file: str, **kwargs: Any) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, **kwargs)
+    except OSError as e:
+        raise UserError(f"Cannot read the checkpoint {file}: {e.strerror or e}.") from e
+    except Exception as e:  # a damaged file can fail in any way
+        if code := re.search(r"\bGLOBAL (\S+)", str(e)):
+            raise UserError(f"{file} is refused: loading it would run {code[1]}.") from e
+        raise DamagedCheckpointError(
+            f"{file} is damaged, or not a PyTorch checkpoint but a web page or a pickle."
+        ) from e
+
+
+def read_config(file: str) -> str:
+    """Return the config that a checkpoint of :class:`GNWSCheckpointer` carries, as YAML, or ""."""
+    # Without its tensors. A file of another format is none of ours.
+    checkpoint = _read(file, mmap=True) if zipfile.is_zipfile(file) else {}
+    return checkpoint.get("config", "") if isinstance(checkpoint, dict) else ""
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: str) -> None:
@@ -84,7 +96,7 @@ class GNWSCheckpointer(DetectionCheckpointer):
     may have predictors for other classes. One to resume from must match entirely; with
     ``strict=True``, as for evaluation, any one must. Checkpoints record whether the model has
     weight standardization; a difference is logged as a warning. They record the class names, too:
-    one to resume from or to evaluate must have the same.
+    one to resume from or to evaluate must have the same. They carry the config of the model.
     """
 
     def __init__(
@@ -92,6 +104,7 @@ class GNWSCheckpointer(DetectionCheckpointer):
         *args: Any,
         strict: bool = False,
         classes: dict[Any, str] | None = None,
+        config: str = "",
         **kwargs: Any,
     ):
         """
@@ -99,9 +112,11 @@ class GNWSCheckpointer(DetectionCheckpointer):
             args, kwargs, strict: see above and :class:`DetectionCheckpointer`.
             classes: class names by category id, in Detectron2's order. Without, those of the
                 checkpoint that is loaded.
+            config: the config to save, as YAML.
         """
         super().__init__(*args, **kwargs)
-        self.strict, self.classes = strict, classes
+        self.strict, self.classes, self.config = strict, classes, config
+        self.last_saved = ""  # the name of a file
 
     def save(self, name: str, **kwargs: Any) -> None:
         """See :class:`DetectionCheckpointer`; raises :class:`UserError`, as on a full disk."""
@@ -111,6 +126,8 @@ class GNWSCheckpointer(DetectionCheckpointer):
         data |= {"model": self.model.state_dict(), "weight_standardization": self._standardized()}
         if self.classes:
             data["classes"] = self.classes
+        if self.config:
+            data["config"] = self.config
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
         save_checkpoint(data, path)
@@ -120,6 +137,7 @@ class GNWSCheckpointer(DetectionCheckpointer):
         """See :class:`DetectionCheckpointer`."""
         with atomic_write(os.path.join(self.save_dir, "last_checkpoint")) as f:
             f.write(last_filename_basename)
+        self.last_saved = last_filename_basename
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """

@@ -6,9 +6,7 @@ import logging
 import math
 import os
 import random
-import signal
 import tempfile
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,16 +22,15 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..utils.errors import UserError
-from ..utils.process import end_with_parent, release_freed_memory
+from ..utils.process import num_usable_cores, release_freed_memory
 from .dataset_mapper import BadImageError, image_size
+from .workers import iterate
 
 # An element of the stream: its position there, and an index into the dataset.
 _Key = tuple[int, int]
 
 _MAX_REPLACEMENTS = 10
 _CLASSES = ("thing_classes", "thing_dataset_id_to_contiguous_id")  # of metadata
-_HAS_SIGWAITINFO = hasattr(signal, "sigwaitinfo")  # not on macOS
-_BLOCKED_SIGNALS = {signal.SIGINT, signal.SIGTERM} if _HAS_SIGWAITINFO else {signal.SIGINT}
 
 
 class TrainLoader:
@@ -93,16 +90,8 @@ class TrainLoader:
             num_workers=self._num_workers,
             collate_fn=trivial_batch_collator,
             generator=torch.Generator(),  # instead of the one of the process
-            worker_init_fn=_init_worker,
         )
-        # Schedulers send SIGTERM, and terminals SIGINT, to all processes. The training process
-        # acts on them, and needs its workers, which inherit the mask.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED_SIGNALS)
-        try:
-            batches = iter(loader)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for batch in batches:
+        for batch in iterate(loader):
             for message in itertools.chain(*(d.pop("bad_images", ()) for d in batch)):
                 self.num_bad_images += 1
                 if message not in self._bad_images:
@@ -174,22 +163,6 @@ class TrainLoader:
             self._first_iteration = iteration
         self._skip = iteration - self._first_iteration
         return iteration
-
-
-def _init_worker(worker_id: int) -> None:
-    """
-    End a worker with the training process, or by its SIGTERM, which is blocked: it sends that to
-    workers that are left when it ends.
-    """
-    end_with_parent()  # PyTorch looks for the parent every five seconds only
-
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    if _HAS_SIGWAITINFO:
-        threading.Thread(target=wait, daemon=True).start()
 
 
 class _SeededDataset(Dataset):
@@ -284,7 +257,7 @@ def _fill_in_sizes(records: list[dict[str, Any]]) -> None:
             record["width"], record["height"] = image_size(record["file_name"])
 
     unknown = [record for record in records if "width" not in record or "height" not in record]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(num_usable_cores()) as pool:
         list(pool.map(fill_in, unknown))
 
 

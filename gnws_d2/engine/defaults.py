@@ -1,16 +1,11 @@
-"""Detectron2's default trainer and set-up, with what GN+WS models need of them."""
+"""Detectron2's default trainer, with what GN+WS models need of it."""
 
-import argparse
-import atexit
 import copy
 import errno
 import logging
 import os
-import re
-import sys
 import weakref
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,90 +13,33 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.data import transforms as T
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
-from detectron2.engine import default_setup as _default_setup
 from detectron2.evaluation import DatasetEvaluator, print_csv_format
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoint import GNWSCheckpointer
-from ..config import choose_device, find_config_file, load_config
-from ..data import OpenCVDatasetMapper, register_coco_datasets
+from ..data import OpenCVDatasetMapper
 from ..data.coco import dataset_classes
 from ..data.train_loader import TrainLoader, build_train_loader, derive_seed
+from ..data.workers import StoppableLoader
 from ..evaluation import COCOEvaluator, build_evaluator, read_results
 from ..layers import fold_for_inference
 from ..modeling import checkpoint_activations
-from ..modeling.backbone import check_kernels
 from ..prediction.test_time_augmentation import with_tta
 from ..utils.errors import UserError
-from ..utils.process import end_with_parent, keep_freed_memory
+from ..utils.signals import catch_signals
 from .hooks import (
     BestCheckpointer,
     EarlyStop,
+    EvalHook,
+    InterruptedEvaluation,
     PeriodicCheckpointer,
     StopOnSignal,
     WandbRun,
     validation_loss,
 )
-from .launch import agree_on_kernels, check_ranks_agree, leave_process_group
 from .run_record import RunRecord
 from .train_loop import FiniteTrainer
-
-_MAX_LINES = 40  # of a message on the console
-
-
-def get_config(args: argparse.Namespace) -> CfgNode:
-    """Read the config of the command line (:func:`load_config`), and register its datasets."""
-    if not args.config_file:
-        raise UserError("No config file: give --config-file, such as configs/quick_start.yaml.")
-    args.config_file = find_config_file(args.config_file)
-    cfg = load_config(args.config_file, args.opts, args.dataset)
-    register_coco_datasets(cfg.DATASETS.COCO)
-    if args.eval_only:
-        choose_device(cfg)
-    return cfg
-
-
-def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """
-    Detectron2's :func:`default_setup`, and what every process of a run needs: memory settings, an
-    end with its launcher, and a check that all run the same. Long messages, such as the config and
-    the model, go to log.txt alone, at the level DEBUG.
-    """
-    if cfg.MODEL.DEVICE == "cpu" and cfg.MODEL.GNWS.KERNELS != "reference":
-        keep_freed_memory()
-    if comm.get_world_size() > 1:
-        end_with_parent()
-        check_ranks_agree(cfg, args)
-        atexit.register(leave_process_group)
-    # As Detectron2 calls it below, for the same loggers.
-    for name in ({"name": "fvcore"}, {}, {"name": "gnws_d2"}):
-        logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), **name)
-        for handler in logger.handlers:
-            handler.addFilter(_demote_long_message)
-            if getattr(handler, "stream", None) is sys.stdout:
-                handler.addFilter(lambda record: record.levelno > logging.DEBUG)
-    logging.getLogger("detectron2.engine.train_loop").addFilter(_demote_traceback)
-    runs_model = not (args.eval_only and cfg.TEST.PREDICTIONS)
-    if runs_model and cfg.MODEL.DEVICE != "cpu" and check_kernels(cfg) in ("auto", "triton"):
-        agree_on_kernels(cfg, torch.empty(0, device=cfg.MODEL.DEVICE).device)
-    # Without the config file, whose content is part of the config.
-    _default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": ""}))
-
-
-def _demote_long_message(record: logging.LogRecord) -> bool:
-    text = record.getMessage()
-    if record.levelno == logging.INFO and text.count("\n") > _MAX_LINES:
-        record.levelno, record.levelname = logging.DEBUG, "DEBUG"
-        record.msg, record.args = re.sub(r"\x1b\[[\d;]*m", "", text), ()  # colors of pygments
-    return True
-
-
-def _demote_traceback(record: logging.LogRecord) -> bool:
-    if record.exc_info:  # Python, or the launcher, prints the error on the console
-        record.levelno, record.levelname = logging.DEBUG, "DEBUG"
-    return True
 
 
 class Trainer(DefaultTrainer):
@@ -121,6 +59,7 @@ class Trainer(DefaultTrainer):
         # The same objects in the same order as in DefaultTrainer, which always wraps the model for
         # a GPU when there are several processes.
         TrainerBase.__init__(self)
+        config = cfg.dump()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         if cfg.MODEL.BACKBONE.ACTIVATION_CHECKPOINTING:
@@ -133,6 +72,7 @@ class Trainer(DefaultTrainer):
             model,
             cfg.OUTPUT_DIR,
             classes=dataset_classes(cfg.DATASETS.TRAIN[0]),
+            config=config,
             trainer=weakref.proxy(self),
         )
         self._trainer = FiniteTrainer(
@@ -157,7 +97,6 @@ class Trainer(DefaultTrainer):
         stopping on signals, ``run.json``, and Weights & Biases.
         """
         cfg = self.cfg
-        model: Any = getattr(self.model, "module", self.model)  # of DistributedDataParallel
         ret: list[HookBase] = []
         for hook in super().build_hooks():
             if isinstance(hook, hooks.PeriodicCheckpointer):
@@ -169,26 +108,34 @@ class Trainer(DefaultTrainer):
             if not isinstance(hook, hooks.EvalHook):
                 ret.append(hook)
                 continue
-            ret += [StopOnSignal(self.checkpointer, self._trainer), hook]
-            if cfg.TEST.VALIDATION_LOSS:
-                compute = partial(validation_loss, cfg, model)
-                ret.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, compute))
+            evaluation, best = EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate), None
+            ret += [StopOnSignal(self._trainer), evaluation]
             if cfg.TEST.EVAL_PERIOD and cfg.DATASETS.TEST:
                 metric = "segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP"
                 if len(cfg.DATASETS.TEST) > 1:
                     metric = f"{cfg.DATASETS.TEST[0]}/{metric}"
                 period, patience = cfg.TEST.EVAL_PERIOD, cfg.SOLVER.PATIENCE
-                ret.append(BestCheckpointer(period, self.checkpointer, metric, patience=patience))
+                best = BestCheckpointer(period, self.checkpointer, metric, patience=patience)
+                ret.append(best)
         if comm.is_main_process():
             if cfg.WANDB.PROJECT:
                 ret.append(WandbRun(cfg))
-            ret.append(RunRecord(cfg.OUTPUT_DIR, self._config_file))
-        return ret
+            ret.append(RunRecord(cfg.OUTPUT_DIR, self._config_file, evaluation, best))
+        return [*ret, InterruptedEvaluation(evaluation, best)]
+
+    def _evaluate(self) -> dict[str, Any]:
+        self._last_eval_results = self.test(self.cfg, self.model)
+        results = dict(self._last_eval_results)
+        if self.cfg.TEST.VALIDATION_LOSS:
+            model: Any = getattr(self.model, "module", self.model)  # of DistributedDataParallel
+            results |= validation_loss(self.cfg, model)
+        return results
 
     def resume_or_load(self, resume: bool = True) -> None:
         """See :class:`DefaultTrainer`. A training that starts anew forgets earlier checkpoints."""
         checkpoint = self.checkpointer.get_checkpoint_file() if resume else ""
         super().resume_or_load(resume=resume)
+        self._check_starts_agree(os.path.basename(checkpoint) or "no checkpoint")
         if checkpoint:
             self._beginning = f"Resuming {self.cfg.OUTPUT_DIR} at iteration {self.start_iter}."
             return
@@ -198,6 +145,15 @@ class Trainer(DefaultTrainer):
         elif comm.is_main_process() and self.checkpointer.has_checkpoint():
             # Else a restart before the first checkpoint would resume from another training.
             os.remove(os.path.join(self.cfg.OUTPUT_DIR, "last_checkpoint"))
+
+    def _check_starts_agree(self, checkpoint: str) -> None:
+        starts = comm.all_gather(f"{checkpoint} at iteration {self.start_iter}")
+        for rank, start in enumerate(starts):
+            if start != starts[0]:
+                raise UserError(
+                    f"Rank 0 would start from {starts[0]}, but rank {rank} from {start}: "
+                    f"OUTPUT_DIR {self.cfg.OUTPUT_DIR} must be a directory that all machines share."
+                )
 
     def state_dict(self) -> dict[str, Any]:
         # After the last one Detectron2 counts one more, while the best checkpoint may be written.
@@ -241,7 +197,8 @@ class Trainer(DefaultTrainer):
         if self._beginning:
             logging.getLogger(__name__).info(self._beginning)
         try:
-            return super().train()
+            with catch_signals():
+                return super().train()
         except EarlyStop:
             return getattr(self, "_last_eval_results", None)
         except OSError as e:
@@ -306,7 +263,7 @@ class Trainer(DefaultTrainer):
         mapper = OpenCVDatasetMapper(cfg, False)
         if cfg.TEST.AUG.ENABLED:  # which resizes itself
             mapper.augmentations = T.AugmentationList([])
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        return StoppableLoader(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

@@ -6,12 +6,9 @@ import math
 import os
 import signal
 import sys
-import threading
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from detectron2.checkpoint import Checkpointer
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.engine import HookBase, hooks
@@ -20,7 +17,9 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..data import OpenCVDatasetMapper
+from ..data.workers import StoppableLoader
 from ..utils.errors import UserError
+from ..utils.signals import Stopped, stop_together
 from .train_loop import FiniteTrainer
 
 
@@ -54,8 +53,34 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
         self.recent_checkpoints = list(filter(os.path.isfile, paths))
 
 
+class EvalHook(hooks.EvalHook):
+    """
+    Detectron2's hook that stops on a signal between two images. Checkpoints record whether the
+    evaluation after their iteration had yet to be done.
+    """
+
+    done = 0  # the number of iterations before the last evaluation
+    is_due = False  # when training begins
+
+    def _do_eval(self) -> None:
+        try:
+            super()._do_eval()
+            stop_together()
+        except Stopped as e:
+            _stop(self.trainer, *e.args)
+        self.done = min(self.trainer.iter + 1, self.trainer.max_iter)
+
+    def state_dict(self) -> dict[str, Any]:
+        next_iter = self.trainer.iter + 1
+        period = self._period and next_iter % self._period == 0
+        return {"is_due": bool(period and next_iter != self.done)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.is_due = state_dict["is_due"]
+
+
 class EarlyStop(BaseException):
-    """Raised in all processes when AP has not got better for ``SOLVER.PATIENCE`` evaluations."""
+    """Raised in all processes when AP has not improved for ``SOLVER.PATIENCE`` evaluations."""
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
@@ -73,16 +98,19 @@ class BestCheckpointer(hooks.BestCheckpointer):
         self._patience, self._num_worse = patience, 0
 
     def after_step(self) -> None:
-        super().after_step()
         next_iter = self.trainer.iter + 1
-        if not self._patience or next_iter % self._period or next_iter == self.trainer.max_iter:
-            return
+        if next_iter % self._period == 0 and next_iter != self.trainer.max_iter:
+            self.check()
+
+    def check(self) -> None:
+        """Save the best checkpoint if the metric has improved; raise :class:`EarlyStop`."""
+        self._best_checking()
         # Only the main process knows AP.
-        if any(comm.all_gather(self._num_worse >= self._patience)):
+        if self._patience and any(comm.all_gather(self._num_worse >= self._patience)):
             self._checkpointer.save("model_final", iteration=self.trainer.iter)
             self._logger.info(
-                f"{self._val_metric} has not got better in {self._patience} evaluations: training "
-                f"ends after iteration {self.trainer.iter} (SOLVER.PATIENCE)."
+                f"{self._val_metric} has not improved for {self._patience} evaluations: stopping "
+                f"after iteration {self.trainer.iter} (SOLVER.PATIENCE)."
             )
             raise EarlyStop
 
@@ -106,58 +134,57 @@ class BestCheckpointer(hooks.BestCheckpointer):
         self._num_worse = state_dict.get("num_worse", 0) * comm.is_main_process()
 
 
+class InterruptedEvaluation(HookBase):
+    """
+    When a run is resumed, first make up for an evaluation that had not ended when it was stopped or
+    killed, so that the best AP and ``SOLVER.PATIENCE`` are those of an uninterrupted run.
+
+    Goes last.
+    """
+
+    def __init__(self, evaluation: EvalHook, best: BestCheckpointer | None):
+        self._evaluation, self._best = evaluation, best
+
+    def before_train(self) -> None:
+        trainer = self.trainer
+        if not self._evaluation.is_due or trainer.start_iter >= trainer.max_iter:
+            return
+        logging.getLogger(__name__).info("First, the evaluation that was interrupted.")
+        trainer.iter = trainer.storage.iter = trainer.start_iter - 1
+        self._evaluation._do_eval()
+        if self._best is not None:
+            self._best.check()
+        trainer.iter = trainer.storage.iter = trainer.start_iter
+
+
 class StopOnSignal(HookBase):
     """
     Stop a run on SIGTERM, which schedulers send before they end a job, and on Ctrl-C: write a
-    checkpoint at the end of the iteration and exit with status 143 or 130 in all processes. During
-    an evaluation, write it at once.
+    checkpoint at the end of the iteration and exit with status 143 or 130 in all processes.
 
     Goes before the hook that evaluates.
     """
 
-    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self, checkpointer: Checkpointer, loop: FiniteTrainer):
-        self._checkpointer, self._loop = checkpointer, loop
-        self._in_step = True
-        self._stopping = False
-        self._previous: list[Any] = []  # stays empty if a hook before this one fails
-
-    def before_train(self) -> None:
-        # Signals are for the main thread of a process.
-        if threading.current_thread() is threading.main_thread():
-            self._previous = [signal.signal(s, self._handle) for s in self._SIGNALS]
-
-    def after_train(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for signum, handler in zip(self._SIGNALS, self._previous):
-                signal.signal(signum, handler)
-
-    def before_step(self) -> None:
-        self._in_step = True
+    def __init__(self, loop: FiniteTrainer):
+        self._loop = loop
 
     def after_step(self) -> None:
         if self._loop.stop_signal:
-            self._stop(self._loop.stop_signal, synchronize=True)
-        self._in_step = False
+            _stop(self.trainer, self._loop.stop_signal)
 
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        self._loop.received_signal = signum
-        if not self._in_step and not self._stopping:
-            self._stop(signum)
 
-    def _stop(self, signum: int, synchronize: bool = False) -> None:
-        self._stopping = True
-        name = f"model_{self.trainer.iter:07d}"
-        if not self._checkpointer.get_checkpoint_file().endswith(f"{name}.pth"):
-            self._checkpointer.save(name, iteration=self.trainer.iter)
-        logging.getLogger(__name__).warning(
-            f"Stopped by {signal.Signals(signum).name} after iteration {self.trainer.iter}, with a "
-            "checkpoint: --resume continues."
-        )
-        if synchronize:  # no process ends before the checkpoint is written
-            comm.synchronize()
-        sys.exit(128 + signum)
+def _stop(trainer: Any, signum: int) -> NoReturn:
+    """Write a checkpoint, unless there is one of this iteration, and exit. A collective."""
+    name = f"model_{trainer.iter:07d}"
+    last = os.path.basename(trainer.checkpointer.get_checkpoint_file())
+    if trainer.iter < trainer.max_iter and last != f"{name}.pth":
+        trainer.checkpointer.save(name, iteration=trainer.iter)
+    logging.getLogger(__name__).warning(
+        f"Stopped by {signal.Signals(signum).name} after iteration "
+        f"{min(trainer.iter, trainer.max_iter - 1)}, with a checkpoint: --resume continues."
+    )
+    comm.synchronize()  # no process ends before the checkpoint is written
+    sys.exit(128 + signum)
 
 
 def validation_loss(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
@@ -176,9 +203,10 @@ def validation_loss(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float
     )
     losses: list[dict[str, float]] = []
     with torch.no_grad(), EventStorage(1):  # not in that of the training
-        for batch in loader:
+        for batch in StoppableLoader(loader):
             torch.manual_seed(0)  # of the proposals that are sampled
             losses.append({name: loss.item() for name, loss in model(batch).items()})
+    stop_together()
     losses = [loss for part in comm.all_gather(losses) for loss in part]
     mean = {name: sum(loss[name] for loss in losses) / len(losses) for name in losses[0]}
     return {"validation": {"total_loss": sum(mean.values()), **mean}}

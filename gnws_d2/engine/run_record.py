@@ -17,7 +17,7 @@ from detectron2.utils import comm
 
 from ..utils.compat import detectron2_version
 from ..utils.files import atomic_write
-from .hooks import EarlyStop
+from .hooks import BestCheckpointer, EarlyStop, EvalHook
 
 _PACKAGES = ("torch", "torchvision", "gnws_d2", "numpy", "opencv-python", "triton")
 
@@ -52,6 +52,9 @@ class RunRecord(HookBase):
     * ``machine``: :func:`describe_machine` of the main process;
     * ``start`` and ``end``, local times in ISO format; ``end`` is the last sign of life;
     * ``first_iteration`` and ``iterations``, the number of them that are done;
+    * ``best_checkpoint`` and ``last_checkpoint``, the names of the run's own files, or "": an
+      earlier run in the same directory may have left others;
+    * ``evaluated``: the number of iterations before the last evaluation; 0 for none;
     * ``status``: "running", "finished", "stopped" (SIGTERM or Ctrl-C) or "failed"; a run that was
       killed stays "running".
 
@@ -60,8 +63,15 @@ class RunRecord(HookBase):
 
     _PERIOD = 20  # iterations between updates, as of Detectron2's PeriodicWriter
 
-    def __init__(self, output_dir: str, config_file: str):
+    def __init__(
+        self,
+        output_dir: str,
+        config_file: str,
+        evaluation: EvalHook | None = None,
+        best: BestCheckpointer | None = None,
+    ):
         self._path, self._config_file = os.path.join(output_dir, "run.json"), config_file
+        self._evaluation, self._best = evaluation, best
         self._starts: list[dict[str, Any]] = []
 
     def before_train(self) -> None:
@@ -69,6 +79,7 @@ class RunRecord(HookBase):
         if first > 0 and os.path.isfile(self._path):
             with open(self._path) as f:
                 self._starts = json.load(f)
+        before = self._starts[-1] if self._starts else {}
         self._starts.append(
             {
                 "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
@@ -80,12 +91,16 @@ class RunRecord(HookBase):
                 "machine": describe_machine(),
                 "start": _now(),
                 "first_iteration": first,
+                "best_checkpoint": before.get("best_checkpoint", ""),
+                "last_checkpoint": before.get("last_checkpoint", ""),
+                "evaluated": before.get("evaluated", 0),
             }
         )
         self._write("running", first)
 
     def after_step(self) -> None:
-        if (self.trainer.iter + 1) % self._PERIOD == 0:
+        known = self._starts[-1].items() >= self._files().items()
+        if (self.trainer.iter + 1) % self._PERIOD == 0 or not known:
             self._write("running", self.trainer.iter + 1)
 
     def after_train(self) -> None:
@@ -104,8 +119,19 @@ class RunRecord(HookBase):
         with open(path) as f:
             return json.load(f)
 
+    def _files(self) -> dict[str, Any]:
+        files: dict[str, Any] = {}
+        if self.trainer.checkpointer.last_saved:
+            files["last_checkpoint"] = self.trainer.checkpointer.last_saved
+        if self._best is not None and self._best.best_iter is not None:
+            files["best_checkpoint"] = "model_best.pth"
+        if self._evaluation is not None and self._evaluation.done:
+            files["evaluated"] = self._evaluation.done
+        return files
+
     def _write(self, status: str, iterations: int) -> None:
-        self._starts[-1] |= {"end": _now(), "iterations": iterations, "status": status}
+        now = {"end": _now(), "iterations": iterations, "status": status}
+        self._starts[-1] |= now | self._files()
         with atomic_write(self._path) as f:
             json.dump(self._starts, f, indent=1)
 

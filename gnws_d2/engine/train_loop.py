@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..utils.errors import UserError
+from ..utils.signals import received_signal
 
 _MAX_SKIPPED = 3  # in a row
 
@@ -25,15 +27,26 @@ class _SkipStep(Exception):
     pass
 
 
+def _nan_if_diverged(forward: Callable, *args: Any) -> Any:
+    """Call `forward`; if proposals are not finite, return a loss of NaN for every parameter."""
+    try:
+        return forward(*args)
+    except FloatingPointError:
+        parameters = forward.__self__.parameters()  # type: ignore[attr-defined]
+        total = torch.stack([p.sum() for p in parameters if p.requires_grad]).sum()
+        return {"loss of the proposals": total * math.nan}
+
+
 class FiniteTrainer(AMPTrainer):
     """
     :class:`AMPTrainer`, also for full precision and for CPUs, that accumulates gradients, and
-    checks the losses and the gradients before each step of the optimizer. A loss that is infinite
-    or NaN in one process is so for all: they agree in one collective per iteration, which also
-    shares signals.
+    checks the losses and the gradients before each step of the optimizer. If a loss is infinite or
+    NaN in one process, all processes stop, or skip the step: they agree in one collective per
+    iteration, which also shares signals. After a step ``stop_signal`` is the same in all
+    processes: the number of the signal that one of them has received, or 0.
 
-    Set ``received_signal`` when this process gets SIGTERM or SIGINT; ``stop_signal`` is then the
-    same in all processes after the next step. 0 is none.
+    Proposals that are infinite or NaN, for which Detectron2 raises FloatingPointError, count as a
+    loss of NaN.
     """
 
     def __init__(
@@ -57,12 +70,15 @@ class FiniteTrainer(AMPTrainer):
         self._device = next(model.parameters()).device
         scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "float16")
         super().__init__(*args, grad_scaler=scaler)
+        # Inside DistributedDataParallel, whose other processes wait for the gradients of this one.
+        inner = getattr(model, "module", model)
+        inner.forward = partial(_nan_if_diverged, inner.forward)
         self.precision = getattr(torch, precision or "float32")
         self.accumulate_steps = accumulate_steps
         self.skip, self.last_checkpoint = skip, last_checkpoint
         self.num_skipped = 0
         self.num_skipped_in_a_row = 0
-        self.received_signal = self.stop_signal = 0
+        self.stop_signal = 0
         self._files: list[str] = []
         self._batches = self._remember_files()
 
@@ -76,13 +92,9 @@ class FiniteTrainer(AMPTrainer):
         Raises:
             UserError: names the iteration, what is not finite, the images and the last checkpoint.
         """
-        try:
+        with contextlib.suppress(_SkipStep):
             self._run_step()
-        except FloatingPointError as e:  # of Detectron2, about the proposals
-            self._stop([f"{e} ({', '.join(self._files)})"])
-        except _SkipStep:
-            return
-        self.num_skipped_in_a_row = 0
+            self.num_skipped_in_a_row = 0
 
     def _run_step(self) -> None:
         # As in AMPTrainer, which makes one pass and requires a GPU.
@@ -136,7 +148,7 @@ class FiniteTrainer(AMPTrainer):
     def _agree(self, finite: bool) -> bool:
         """Whether `finite` is True in all processes; also share signals and bad images."""
         bad_images = getattr(self.data_loader, "num_bad_images", 0)
-        received = [self.received_signal == s for s in (signal.SIGTERM, signal.SIGINT)]
+        received = [received_signal() == s for s in (signal.SIGTERM, signal.SIGINT)]
         status = torch.tensor([not finite, bad_images, *received], device=self._device)
         if comm.get_world_size() > 1:
             dist.all_reduce(status)

@@ -1,19 +1,23 @@
 """A job of ``train_net.py``: check it, launch it, and train or evaluate in each process."""
 
 import argparse
+import os
 from datetime import timedelta
 
+from detectron2.checkpoint import Checkpointer
 from detectron2.config import CfgNode
 from detectron2.engine import launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from torch import distributed as dist
+from torch import nn
 
 from ..checkpoint import GNWSCheckpointer
 from ..data.coco import dataset_classes
 from .checks import check_setup
-from .defaults import Trainer, default_setup, get_config
+from .defaults import Trainer
 from .launch import join_torchrun, lock_output_dir, supervise
+from .setup import default_setup, get_config
 
 
 def main(args: argparse.Namespace) -> dict | None:
@@ -40,6 +44,22 @@ def _evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict:
     checkpointer = GNWSCheckpointer(model, cfg.OUTPUT_DIR, strict=True, classes=classes)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     return Trainer.test(cfg, model)
+
+
+def separate_evaluation(args: argparse.Namespace) -> None:
+    """
+    Have ``--eval-only`` with the ``OUTPUT_DIR`` of a training write into its ``evaluation/``, so
+    that the files of the training stay its own: change `args` to that.
+    """
+    if not args.eval_only:
+        return
+    output_dir = get_config(args).OUTPUT_DIR
+    if not os.path.isfile(os.path.join(output_dir, "run.json")):
+        return
+    if args.resume:
+        last = Checkpointer(nn.Module(), output_dir).get_checkpoint_file()
+        args.resume, args.opts = False, [*args.opts, "MODEL.WEIGHTS", last]
+    args.opts = [*args.opts, "OUTPUT_DIR", os.path.join(output_dir, "evaluation")]
 
 
 def run(args: argparse.Namespace) -> None:

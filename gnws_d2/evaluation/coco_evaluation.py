@@ -26,6 +26,7 @@ from pycocotools.cocoeval import COCOeval
 
 from ..utils.errors import UserError
 from ..utils.files import atomic_write
+from ..utils.signals import stop_together
 
 try:
     import hotcoco
@@ -68,8 +69,10 @@ class COCOEvaluator(_COCOEvaluator):
     def evaluate(self, img_ids: list[int] | None = None) -> dict[str, Any]:
         """
         See Detectron2. The predictions are written before AP is computed, and the other processes
-        wait for that longer than ``DISTRIBUTED.TIMEOUT``.
+        wait for that longer than ``DISTRIBUTED.TIMEOUT``. Raises :class:`Stopped` in all processes
+        if one of them has received a signal.
         """
+        stop_together()  # before AP is computed of a part of the images
         predictions = comm.gather(self._predictions, dst=0)
         with _wait_for_main_process():
             if not comm.is_main_process():

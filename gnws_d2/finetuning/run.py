@@ -5,6 +5,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
+from ..checkpoint import find_run_checkpoint
 from ..engine.train_net import run
 from ..report import make_report
 from ..utils.errors import UserError
@@ -68,8 +69,7 @@ def finetune(
         num_machines=1, machine_rank=0, dist_url="auto", dataset=[], opts=[*opts],
     )  # fmt: skip
     run(job)
-    paths = [os.path.join(output, name) for name in ("model_best.pth", "model_final.pth")]
-    best = next(filter(os.path.isfile, paths))
+    best = find_run_checkpoint(output)
     job.eval_only, job.resume, job.opts = True, False, [*opts, "MODEL.WEIGHTS", best]
     run(job)
     make_report(output, [])

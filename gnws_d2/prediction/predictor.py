@@ -1,6 +1,5 @@
 """Prediction with the published image pipeline."""
 
-import contextlib
 import difflib
 import logging
 import os
@@ -15,7 +14,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from .. import model_zoo
-from ..checkpoint import GNWSCheckpointer
+from ..checkpoint import GNWSCheckpointer, find_run_checkpoint, read_config
 from ..config import check_device, choose_device, load_config
 from ..data.coco import class_metadata
 from ..data.transforms import OpenCVResizeShortestEdge
@@ -34,13 +33,13 @@ def find_trained(
 
     Args:
         model: a name of :mod:`.model_zoo`; the ``OUTPUT_DIR`` of a run, for its best checkpoint, or
-            else its last, which wins over a model of the same name; or a checkpoint in one.
+            else its last, which wins over a model of the same name; or a checkpoint.
         opts, datasets: see :func:`load_config`.
 
     Raises:
         UserError: if there is no such model, and see :func:`load_config`.
     """
-    is_run = os.path.isfile(os.path.join(model, "config.yaml"))
+    is_run, text = os.path.isfile(os.path.join(model, "config.yaml")), ""
     if is_run and model in model_zoo.names():
         logging.getLogger(__name__).warning(
             f"{model} is the run in {os.path.abspath(model)}, not the published model of that name."
@@ -48,26 +47,22 @@ def find_trained(
     if model in model_zoo.names() and not is_run:
         config_file, weights = model_zoo.get_config_file(model), model_zoo.get_checkpoint_url(model)
     elif os.path.exists(model):
-        directory, weights = (model, "") if os.path.isdir(model) else os.path.split(model)
-        config_file = os.path.join(directory, "config.yaml")
-        checkpoints = [weights] if weights else ["model_best.pth", "model_final.pth"]
-        with contextlib.suppress(OSError), open(os.path.join(directory, "last_checkpoint")) as f:
-            checkpoints.append(f.read().strip())
-        paths = [os.path.join(directory, name) for name in checkpoints]
-        weights = next(filter(os.path.isfile, paths), "")
-        for path in (config_file, weights or paths[0]):
-            if not os.path.isfile(path):
-                raise UserError(
-                    f"{model} is no trained model: {path} does not exist. Name the OUTPUT_DIR of "
-                    "a run, or a checkpoint in it."
-                )
+        weights = find_run_checkpoint(model) if os.path.isdir(model) else model
+        config_file = os.path.join(os.path.dirname(weights or model), "config.yaml")
+        text = read_config(weights) if weights else ""
+        if not weights or not (text or os.path.isfile(config_file)):
+            what = "it has no config.yaml" if weights else "it has no checkpoint"
+            raise UserError(
+                f"{model} is not a trained model: {what}. Name the OUTPUT_DIR of a run, or a "
+                "checkpoint in it."
+            )
     else:
         near = difflib.get_close_matches(model, model_zoo.names(), n=3, cutoff=0)
         raise UserError(
             f"There is no model {model}: name the OUTPUT_DIR of a run, a checkpoint in one, or a "
             f"published model, such as {', '.join(near)}."
         )
-    cfg = load_config(config_file, ["MODEL.WEIGHTS", weights, *opts], datasets)
+    cfg = load_config(config_file, ["MODEL.WEIGHTS", weights, *opts], datasets, text)
     choose_device(cfg)
     return cfg
 

@@ -58,7 +58,8 @@ def make_report(run_dir: str, datasets: list[list[str]]) -> None:
     """
     run = read_run(run_dir, datasets)
     register_coco_datasets(run.cfg.DATASETS.COCO)
-    names = [n for n in run.cfg.DATASETS.TEST if os.path.isfile(results_json(run_dir, run.cfg, n))]
+    names = run.cfg.DATASETS.TEST if run.is_evaluated else ()
+    names = [name for name in names if os.path.isfile(results_json(run_dir, run.cfg, name))]
     if names:
         check_datasets(run.cfg, ("TEST",))
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints

@@ -24,6 +24,7 @@ class Run:
     cfg: CfgNode  # scaled to the number of processes
     metrics: list[dict[str, Any]]  # the lines of metrics.json, by iteration
     facts: dict[str, str]  # the contents of run.json, for people
+    is_evaluated: bool  # else predictions in the directory are of an earlier run
 
     @property
     def num_iterations(self) -> int:
@@ -45,10 +46,10 @@ def read_run(path: str, datasets: Sequence[Sequence[str]] = ()) -> Run:
         raise UserError(f"{path} holds no run: {config_file} does not exist.")
     cfg = load_config(config_file, [], datasets)
     metrics = _read_metrics(os.path.join(path, "metrics.json"))
-    facts, num_processes = _read_record(os.path.join(path, "run.json"))
+    facts, num_processes, is_evaluated = _read_record(os.path.join(path, "run.json"))
     if num_processes:
         cfg = DefaultTrainer.auto_scale_workers(cfg, num_processes)
-    return Run(path, cfg, metrics, facts)
+    return Run(path, cfg, metrics, facts, is_evaluated)
 
 
 def _read_metrics(path: str) -> list[dict[str, Any]]:
@@ -72,10 +73,10 @@ def _read_metrics(path: str) -> list[dict[str, Any]]:
     return sorted(lines, key=lambda line: line["iteration"])
 
 
-def _read_record(path: str) -> tuple[dict[str, str], int | None]:
-    """The facts in ``run.json``, for people, and the number of processes."""
+def _read_record(path: str) -> tuple[dict[str, str], int | None, bool]:
+    """The facts in ``run.json``, for people, the number of processes, and whether it evaluated."""
     if not os.path.isfile(path):
-        return {}, None
+        return {}, None, True
     try:
         starts = json.loads(Path(path).read_text())
         last, machine = starts[-1], starts[-1]["machine"]
@@ -94,7 +95,8 @@ def _read_record(path: str) -> tuple[dict[str, str], int | None]:
             "Machine": ", ".join([machine["host"], *gpus, machine["cpu"]]),
             "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         }
-        return {k: v for k, v in facts.items() if v}, int(last["num_processes"])
+        facts = {k: v for k, v in facts.items() if v}
+        return facts, int(last["num_processes"]), bool(last.get("evaluated", True))
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as e:
         raise UserError(
             f"{path} is damaged ({type(e).__name__}: {e}): remove it to get a page without it."

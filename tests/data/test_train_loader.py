@@ -20,6 +20,7 @@ from PIL import Image
 from gnws_d2.config import load_config
 from gnws_d2.data.dataset_mapper import BadImageError, read_image
 from gnws_d2.data.train_loader import TrainLoader, build_train_loader
+from gnws_d2.data.workers import StoppableLoader  # noqa: F401, for a script below
 from gnws_d2.utils.errors import UserError
 
 
@@ -224,10 +225,16 @@ def run_code(code, **kwargs):
     return subprocess.Popen([sys.executable, "-c", code], cwd=os.path.dirname(__file__), **kwargs)
 
 
-def test_workers_outlive_signals_to_every_process():
+@pytest.mark.parametrize(
+    "method, loader", [("fork", "train"), ("spawn", "evaluation"), ("forkserver", "evaluation")]
+)
+def test_workers_outlive_signals_to_every_process(method, loader):
     """At any time; in the end, the training process's own SIGTERM ends them."""
-    code = """
+    code = (
+        f"method, kind = {method!r}, {loader!r}\n"
+        + """
 import multiprocessing
+multiprocessing.set_start_method(method)
 start = multiprocessing.Process.start
 def start_and_kill(worker):
     start(worker)
@@ -236,14 +243,19 @@ def kill(worker):
     for name in ("-INT", "-TERM"):
         subprocess.run(["kill", name, str(worker.pid)], check=True)
 multiprocessing.Process.start = start_and_kill
-batches = iter(make_loader(2))
+if kind == "train":
+    batches, expected = iter(make_loader(2)), take(make_loader(), 41)[1:]
+else:
+    data = torch.utils.data.DataLoader(range(41), num_workers=2, batch_size=None)
+    batches, expected = iter(StoppableLoader(data)), list(range(1, 41))
 next(batches)
 workers = multiprocessing.active_children()
 for worker in workers:
     kill(worker)
-assert list(itertools.islice(batches, 40)) == take(make_loader(), 41)[1:]
+assert list(itertools.islice(batches, 40)) == expected
 assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
 """
+    )
     run = run_code(code, stderr=subprocess.PIPE, text=True)
     _, stderr = run.communicate(timeout=100)
     assert run.returncode == 0, stderr

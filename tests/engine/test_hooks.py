@@ -1,4 +1,5 @@
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -18,9 +19,12 @@ from torch import nn
 from gnws_d2.checkpoint import GNWSCheckpointer
 from gnws_d2.config import load_config
 from gnws_d2.data import shapes
+from gnws_d2.data.workers import StoppableLoader
 from gnws_d2.engine.hooks import (
     BestCheckpointer,
     EarlyStop,
+    EvalHook,
+    InterruptedEvaluation,
     PeriodicCheckpointer,
     StopOnSignal,
     WandbRun,
@@ -28,27 +32,29 @@ from gnws_d2.engine.hooks import (
 )
 from gnws_d2.engine.run_record import RunRecord
 from gnws_d2.utils.errors import UserError
+from gnws_d2.utils.signals import catch_signals, received_signal
 
 
 class Trainer(TrainerBase):
     """Does in each iteration what it is told, and has no data."""
 
-    received_signal = stop_signal = 0
+    stop_signal = 0
 
     def __init__(self, output_dir, hooks, do=lambda iteration: None):
         super().__init__()
         self.do = do
         self.checkpointer = GNWSCheckpointer(nn.Linear(1, 1), str(output_dir), trainer=self)
         self.register_hooks(
-            StopOnSignal(self.checkpointer, self)
-            if make is StopOnSignal
-            else make(self.checkpointer)
-            for make in hooks
+            make(self if make is StopOnSignal else self.checkpointer) for make in hooks
         )
+
+    def train(self, start_iter, max_iter):
+        with catch_signals():
+            super().train(start_iter, max_iter)
 
     def run_step(self):
         self.do(self.iter)
-        self.stop_signal = self.received_signal
+        self.stop_signal = received_signal()
 
     def resume(self):
         path = self.checkpointer.get_checkpoint_file()
@@ -164,18 +170,86 @@ def test_error_when_a_hook_begins_is_raised_whatever_hooks_come_after_it(tmp_pat
     assert signal.getsignal(signal.SIGTERM) == handler and not (tmp_path / "run.json").exists()
 
 
-def test_signal_during_an_evaluation_ends_at_once(tmp_path):
-    class Evaluation(BestCheckpointer):
-        def after_step(self):
-            if self.trainer.iter == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-                raise AssertionError("The evaluation went on.")
+class Batches(torch.utils.data.Dataset):
+    def __len__(self):
+        return 10
 
-    hooks = [StopOnSignal, lambda checkpointer: Evaluation(1, checkpointer, "bbox/AP")]
+    def __getitem__(self, i):
+        return i
+
+
+def evaluate_with_a_signal(at, seen):
+    """Return a function for EvalHook that gets SIGTERM while it evaluates image `at`."""
+
+    def evaluate():
+        for i in StoppableLoader(torch.utils.data.DataLoader(Batches())):
+            seen.append(int(i))
+            if int(i) == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return {"bbox": {"AP": 50.0}}
+
+    return evaluate
+
+
+def test_interrupted_evaluation_stops_between_images_and_is_made_up_for(tmp_path):
+    """With the best AP and the patience of a run that was not interrupted."""
+
+    def hooks(at, seen):
+        def evaluation(checkpointer):
+            made.append(EvalHook(4, evaluate_with_a_signal(at, seen)))
+            return made[-1]
+
+        def best(checkpointer):
+            made.append(BestCheckpointer(4, checkpointer, "bbox/AP"))
+            return made[-1]
+
+        made = []
+        last = [lambda _: RunRecord(str(tmp_path), "", *made)]
+        last += [lambda _: InterruptedEvaluation(*made)]
+        return [lambda c: PeriodicCheckpointer(c, 2), StopOnSignal, evaluation, best, *last]
+
+    def record():
+        return json.loads((tmp_path / "run.json").read_text())[-1]
+
+    seen = []
     with pytest.raises(SystemExit) as e:
-        Trainer(tmp_path, hooks).train(0, 10)
-    assert e.value.code == 143
-    assert Trainer(tmp_path, hooks).resume() == 4
+        Trainer(tmp_path, hooks(2, seen)).train(0, 10)
+    assert e.value.code == 143 and seen == [0, 1, 2]
+    assert names(tmp_path) == ["model_0000001", "model_0000003"]
+    assert (record()["last_checkpoint"], record()["best_checkpoint"]) == ("model_0000003.pth", "")
+    assert (record()["status"], record()["evaluated"]) == ("stopped", 0)
+
+    for start, num_seen in ((4, 20), (6, 10)):  # the last evaluation of a training is always done
+        seen = []
+        trainer = Trainer(tmp_path, hooks(None, seen))
+        assert trainer.resume() == start
+        trainer.train(start, 6)
+        assert len(seen) == num_seen
+        assert torch.load(tmp_path / "model_best.pth")["iteration"] == 3
+        assert (record()["best_checkpoint"], record()["evaluated"]) == ("model_best.pth", 6)
+
+
+def test_patience_counts_an_evaluation_that_is_made_up_for(tmp_path):
+    def train(start, at, patience):
+        evaluation = EvalHook(2, evaluate_with_a_signal(at, []))
+        best = []
+
+        def make_best(checkpointer):
+            best.append(BestCheckpointer(2, checkpointer, "bbox/AP", patience=patience))
+            return best[0]
+
+        hooks = [StopOnSignal, lambda _: evaluation, make_best]
+        trainer = Trainer(tmp_path, [*hooks, lambda _: InterruptedEvaluation(evaluation, *best)])
+        trainer.train(trainer.resume() if start else 0, 20)
+
+    with pytest.raises(EarlyStop):  # only the first of evaluations with the same AP is the best
+        train(0, None, 2)
+    assert torch.load(tmp_path / "model_final.pth")["iteration"] == 5
+    with pytest.raises(SystemExit):
+        train(0, 3, 2)
+    with pytest.raises(EarlyStop):
+        train(1, None, 2)
+    assert torch.load(tmp_path / "model_final.pth")["iteration"] == 5
 
 
 def test_training_ends_when_ap_does_not_get_better(tmp_path, caplog):
@@ -197,7 +271,7 @@ def test_training_ends_when_ap_does_not_get_better(tmp_path, caplog):
     (tmp_path / "b").mkdir()
     with pytest.raises(EarlyStop):
         Trainer(tmp_path / "a", hooks(2)).train(0, 6)
-    assert "has not got better in 2 evaluations: training ends after iteration 3" in caplog.text
+    assert "has not improved for 2 evaluations: stopping after iteration 3" in caplog.text
     assert torch.load(tmp_path / "a" / "model_final.pth")["iteration"] == 3
     assert torch.load(tmp_path / "a" / "model_best.pth")["iteration"] == 1
     trainer = Trainer(tmp_path / "b", hooks(3))

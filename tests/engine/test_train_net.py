@@ -6,12 +6,15 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, processes_of_test, wait_for
+from conftest import ROOT, launches_on_cpu, processes_of_test, wait_for
+
+from gnws_d2.config import load_config
 
 TINY = [
     "SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()",
@@ -20,10 +23,10 @@ TINY = [
 ]  # fmt: skip
 
 
-def start_train_net(*args, datasets):
+def start_train_net(*args, datasets, cwd=None):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train_net.py"), *args],
-        cwd=datasets,
+        cwd=cwd or datasets,
         env={**os.environ, "DETECTRON2_DATASETS": str(datasets)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -189,6 +192,94 @@ def test_sigterm_leaves_a_checkpoint_from_which_other_processes_go_on(fruits, tm
     assert torch.load(output / last)["iteration"] == int(last[6:13])
     lines, _ = read_metrics(output)
     assert lines[0]["lr"] == pytest.approx(0.05) and lines[-1]["lr"] == pytest.approx(0.025)
+
+
+@launches_on_cpu
+@pytest.mark.ci
+def test_sigterm_to_all_processes_of_a_job_stops_an_evaluation(fruits, tmp_path):
+    """As Slurm, systemd and `kill -- -PGID` send it; resumed, the evaluation comes first."""
+    options, keys = fruits
+    keys += ["OUTPUT_DIR", "out", "TEST.EVAL_PERIOD", "2", "DATALOADER.NUM_WORKERS", "2"]
+    keys += ["SOLVER.REFERENCE_WORLD_SIZE", "0", "DATASETS.TEST", "('shapes_train',)"]
+    keys += ["DATASETS.TRAIN", "('shapes_train',)", "MODEL.ROI_HEADS.NUM_CLASSES", "3"]
+    options, log = ["--num-gpus", "2", *options[4:]], tmp_path / "out" / "log.txt"
+    process = start_train_net(*options, *keys, "SOLVER.MAX_ITER", "4", datasets=tmp_path)
+    wait_for(lambda: log.exists() and "Inference done" in log.read_text())
+    os.killpg(process.pid, signal.SIGTERM)
+    run = end(process)
+    assert run.returncode == 143 and "Traceback" not in run.stdout + run.stderr, run.stderr
+    assert "Stopped by SIGTERM after iteration 1, with a checkpoint" in run.stdout
+    assert "Computing AP" not in run.stdout
+    assert (tmp_path / "out" / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert processes_of_test() == []
+
+    process = start_train_net(
+        "--resume", *options, *keys, "SOLVER.MAX_ITER", "4", datasets=tmp_path
+    )
+    wait_for(lambda: "First, the evaluation that was interrupted." in log.read_text())
+    os.killpg(process.pid, signal.SIGINT)
+    run = end(process)
+    assert run.returncode == 130 and "Traceback" not in run.stdout + run.stderr, run.stderr
+
+
+@pytest.mark.ci
+def test_evaluation_leaves_the_files_of_a_training_alone(fruits, tmp_path):
+    options, keys = fruits
+    keys += ["SOLVER.MAX_ITER", "3", "SOLVER.REFERENCE_WORLD_SIZE", "0"]
+    run = train_net(*options, *keys, "OUTPUT_DIR", "out", datasets=tmp_path)
+    assert run.returncode == 0, run.stderr
+
+    def files(directory):
+        return {p.name: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+    before, copy = files(tmp_path / "out"), tmp_path / "copy"
+    shutil.copytree(tmp_path / "out", copy)
+    # In a copy of the run, which its config.yaml stands for now.
+    evaluate = ["--eval-only", "--resume", *options[:4], "--config-file", str(copy / "config.yaml")]
+    run = train_net(*evaluate, "TEST.DETECTIONS_PER_IMAGE", "7", datasets=tmp_path)
+    assert run.returncode == 0, run.stderr
+    after = {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()}
+    assert files(tmp_path / "out") == before
+    assert {name: before[name] for name in after} == after
+    assert files(copy / "inference").items() <= before.items()
+    evaluated = load_config(str(copy / "evaluation" / "config.yaml"), [])
+    assert evaluated.TEST.DETECTIONS_PER_IMAGE == 7
+    assert (copy / "evaluation" / "inference" / "coco_instances_results.json").is_file()
+    # And resumed, the copy is written to.
+    resume = ["--resume", *evaluate[2:], "SOLVER.MAX_ITER", "5"]
+    run = train_net(*resume, datasets=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert files(tmp_path / "out") == before
+    assert torch.load(copy / "model_final.pth")["iteration"] == 4
+
+
+@launches_on_cpu
+def test_machines_with_output_dirs_of_their_own_do_not_resume(fruits, tmp_path):
+    """They would train two models: only rank 0 writes checkpoints."""
+    options, keys = fruits
+    keys += ["DATASETS.TEST", "()", "SOLVER.REFERENCE_WORLD_SIZE", "0", "SOLVER.IMS_PER_BATCH", "2"]
+    keys += ["SOLVER.MAX_ITER", "2"]
+    run = train_net(*options, *keys, "OUTPUT_DIR", "out", datasets=tmp_path)
+    assert run.returncode == 0, run.stderr
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    machines = []
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+        if rank == 0:
+            shutil.copytree(tmp_path / "out", tmp_path / "0" / "out")
+        where = ["--num-machines", "2", "--machine-rank", str(rank)]
+        where += ["--dist-url", f"tcp://127.0.0.1:{port}", "--resume"]
+        machines.append(
+            start_train_net(
+                *where, *options, *keys, "OUTPUT_DIR", "out", "SOLVER.MAX_ITER", "5",
+                datasets=tmp_path, cwd=tmp_path / str(rank),
+            )
+        )  # fmt: skip
+    for run in map(end, machines):
+        assert run.returncode == 2, run.stderr
+        assert "Rank 0 would start from model_final.pth at iteration" in run.stderr
+        assert "rank 1 from no checkpoint at iteration 0" in run.stderr
 
 
 @pytest.mark.ci

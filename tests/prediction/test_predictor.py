@@ -174,14 +174,45 @@ def test_best_checkpoint_of_a_run_is_taken_else_the_last(run_dir):
     (run_dir / "last_checkpoint").write_text("model_0000001.pth")
     assert weights() == str(run_dir / "model_0000001.pth")
     (run_dir / "model_0000001.pth").unlink()
-    with pytest.raises(UserError, match=r"run is no trained model: .*model_best.pth does not"):
+    with pytest.raises(UserError, match="run is not a trained model: it has no checkpoint"):
         weights()
+
+
+def test_files_of_an_earlier_run_in_the_same_directory_are_not_taken(run_dir):
+    def record(best, last):
+        starts = [{"best_checkpoint": best, "last_checkpoint": last}]
+        (run_dir / "run.json").write_text(json.dumps(starts))
+        return str(run_dir)
+
+    with pytest.raises(UserError, match="it has no checkpoint"):
+        find_trained(record("", ""))
+    shutil.copy(run_dir / "model_final.pth", run_dir / "model_0000003.pth")
+    weights = find_trained(record("", "model_0000003.pth")).MODEL.WEIGHTS
+    assert weights == str(run_dir / "model_0000003.pth")
+    weights = find_trained(record("model_best.pth", "model_0000003.pth")).MODEL.WEIGHTS
+    assert weights == str(run_dir / "model_best.pth")
+
+
+def test_checkpoint_is_built_from_the_config_that_it_carries(run_dir, tmp_path):
+    cfg = load_config(str(run_dir / "config.yaml"), [])
+    cfg.defrost()
+    cfg.INPUT.MIN_SIZE_TEST = 77
+    checkpointer = GNWSCheckpointer(build_model(cfg), str(tmp_path), config=cfg.dump())
+    checkpointer.save("alone")
+    assert (
+        find_trained(str(tmp_path / "alone.pth")).INPUT.MIN_SIZE_TEST == 77
+    )  # without config.yaml
+    (run_dir / "model_best.pth").write_bytes((tmp_path / "alone.pth").read_bytes())
+    (run_dir / "config.yaml").write_text("VERSION: 2\nINPUT:\n  MIN_SIZE_TEST: 99\n")
+    assert find_trained(str(run_dir)).INPUT.MIN_SIZE_TEST == 77
+    assert find_trained(str(run_dir), ["INPUT.MIN_SIZE_TEST", 55]).INPUT.MIN_SIZE_TEST == 55
+    assert find_trained(str(run_dir / "model_final.pth")).INPUT.MIN_SIZE_TEST == 99
 
 
 def test_model_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no model mask_rcnn_R50: .* such as mask_rcnn_R50_gnws"):
         Predictor.from_pretrained("mask_rcnn_R50")
-    with pytest.raises(UserError, match=r"is no trained model: .*config.yaml does not exist"):
+    with pytest.raises(UserError, match="is not a trained model: it has no checkpoint"):
         Predictor.from_pretrained(str(tmp_path))
 
 

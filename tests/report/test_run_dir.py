@@ -1,6 +1,7 @@
 """Files are written as by Detectron2's writers and by ``engine/run_record.py``."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -103,6 +104,8 @@ def test_a_run_that_was_killed_may_seem_to_run(read):
 
 def test_what_the_hook_of_training_writes_can_be_read(read, tmp_path, monkeypatch):
     class Trainer(TrainerBase):
+        checkpointer = SimpleNamespace(last_saved="")
+
         def run_step(self):
             pass
 

@@ -1,0 +1,72 @@
+"""Worker processes of data loaders that leave signals to the process that started them."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from ..utils.process import end_with_parent
+from ..utils.signals import received_signal
+
+_HAS_SIGWAITINFO = hasattr(signal, "sigwaitinfo")  # not on macOS and Windows
+_SIGNALS = {signal.SIGINT, signal.SIGTERM} if _HAS_SIGWAITINFO else {signal.SIGINT}
+_CAN_BLOCK = hasattr(signal, "pthread_sigmask")  # not on Windows
+
+
+def iterate(loader: DataLoader) -> Iterator[Any]:
+    """
+    Iterate over `loader` with workers that go on when SIGTERM or SIGINT comes. Schedulers and
+    terminals send these to all processes of a job, but only the main one of a loader acts on them,
+    and needs its workers until then.
+    """
+    loader.worker_init_fn = _init_worker
+    # Workers inherit the mask, so that they ignore signals from their first moment on. Python's
+    # resource tracker, which serves all start methods but fork, resets the mask when it starts.
+    if _CAN_BLOCK and multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS) if _CAN_BLOCK else None
+    try:
+        batches = iter(loader)
+    finally:
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    yield from batches
+
+
+class StoppableLoader:
+    """A loader for an evaluation, with :func:`iterate`, that ends early when a signal comes."""
+
+    def __init__(self, loader: DataLoader):
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in iterate(self._loader):
+            if received_signal():
+                return
+            yield batch
+
+
+def _init_worker(worker_id: int) -> None:
+    end_with_parent()  # PyTorch looks for the parent every five seconds only
+    if _CAN_BLOCK:  # a fork server may have been started without the mask
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    if not _HAS_SIGWAITINFO:
+        return
+    parent = multiprocessing.parent_process()
+    parent_pid = parent.pid if parent else os.getppid()
+
+    def wait() -> None:
+        # The process that started the workers sends SIGTERM to those that are left when it ends.
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent_pid:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
