@@ -40,8 +40,8 @@ def add_gnws_config(cfg: CfgNode) -> None:
     # the backward pass: less memory, more time, the same gradients.
     cfg.MODEL.BACKBONE.ACTIVATION_CHECKPOINTING = False
 
-    # Datasets in COCO format to register, (name, annotation file, image directory) each: those of
-    # --dataset.
+    # Datasets in COCO format to register, (name, annotation file, image directory) each, as
+    # --dataset does.
     cfg.DATASETS.COCO = ()
 
     # What training does with an image that is missing, damaged or not of the stated size: "stop",
@@ -51,12 +51,12 @@ def add_gnws_config(cfg: CfgNode) -> None:
     # How many of the newest checkpoints of SOLVER.CHECKPOINT_PERIOD to keep; 0 for all. With a
     # TEST.EVAL_PERIOD the one with the best AP is kept as well, as model_best.pth.
     cfg.SOLVER.CHECKPOINT_KEEP = 0
-    # What training does with a loss or gradient that is infinite or NaN: "stop", or "skip": leave
-    # the weights unchanged in this iteration and count; three in a row stop.
+    # What training does with a loss, gradient or proposal that is infinite or NaN: "stop", or
+    # "skip": skip the step, and count it; stop at three in a row.
     cfg.SOLVER.ON_NON_FINITE = "stop"
 
-    # The number of forward and backward passes of a process in an iteration, each with its share of
-    # the images and in its own memory. The gradients are those of as many processes.
+    # The number of forward and backward passes per iteration, each on an equal part of the batch,
+    # one part in memory at a time. The gradients equal those of as many processes.
     cfg.SOLVER.ACCUMULATE_STEPS = 1
     # Of SOLVER.AMP: "float16", with a gradient scaler, or "bfloat16".
     cfg.SOLVER.AMP.PRECISION = "float16"
@@ -67,13 +67,13 @@ def add_gnws_config(cfg: CfgNode) -> None:
     # in OUTPUT_DIR, which --eval-only evaluates instead of a model.
     cfg.TEST.PREDICTIONS = ""
 
-    # The number of evaluations without a better AP after which training ends; 0 for never.
+    # Stop after this number of evaluations without a better AP; 0 for never.
     cfg.SOLVER.PATIENCE = 0
 
     cfg.DISTRIBUTED = CfgNode()
     # Seconds that a process waits for the others in a collective.
     cfg.DISTRIBUTED.TIMEOUT = 1800
-    # Of earlier versions, in the configs that their runs have written: ignored.
+    # Deprecated keys, accepted so that old config files load.
     cfg.register_deprecated_key("DISTRIBUTED.START_TIMEOUT")
     cfg.register_deprecated_key("DISTRIBUTED.LOST_TIMEOUT")
 
@@ -91,7 +91,7 @@ add_gnws_config(_C)
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     """
     Raises:
-        UserError: if `value`, that of the config key `key`, is not one of `choices`.
+        UserError: if `value`, the value of the config key `key`, is not one of `choices`.
     """
     if value not in choices:
         names = " or ".join(f'"{choice}"' for choice in choices)
@@ -122,8 +122,8 @@ def load_config(
     Args:
         config_file: see :func:`find_config_file`.
         opts: KEY VALUE pairs that override it.
-        datasets: those of ``--dataset``, to add to ``DATASETS.COCO``.
-        text: the config, if it is not that of `config_file`, but in a checkpoint beside it.
+        datasets: the arguments of ``--dataset``, to add to ``DATASETS.COCO``.
+        text: the content of `config_file`, if it comes from a checkpoint instead.
 
     Returns:
         A frozen config.

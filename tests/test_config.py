@@ -9,7 +9,13 @@ from conftest import ROOT
 from detectron2.config import get_cfg
 
 from gnws_d2 import model_zoo
-from gnws_d2.config import add_gnws_config, choose_device, load_config
+from gnws_d2.config import (
+    STOCK_CONFIG,
+    add_gnws_config,
+    choose_device,
+    flatten_config,
+    load_config,
+)
 from gnws_d2.utils.errors import UserError
 
 QUICK_START = str(ROOT / "configs" / "quick_start.yaml")
@@ -144,3 +150,11 @@ def test_value_of_the_command_line_is_refused_and_runs_no_code(tmp_path, opts, m
     monkeypatch.chdir(tmp_path)
     assert len(fails(QUICK_START, opts)) < 1000
     assert not (tmp_path / "ran").exists()
+
+
+def test_page_of_the_config_keys_has_all_of_ours_with_their_defaults():
+    stock = flatten_config(STOCK_CONFIG)
+    own = {key: value for key, value in flatten_config(get_cfg()).items() if key not in stock}
+    page = (ROOT / "docs" / "config.md").read_text()
+    documented = dict(re.findall(r"^\| `([A-Z.\w]+)` \| (.*?) \|", page, re.MULTILINE))
+    assert documented == {key: str(value) or '""' for key, value in own.items()}

@@ -110,8 +110,8 @@ class GNWSCheckpointer(DetectionCheckpointer):
         """
         Args:
             args, kwargs, strict: see above and :class:`DetectionCheckpointer`.
-            classes: class names by category id, in Detectron2's order. Without, those of the
-                checkpoint that is loaded.
+            classes: class names by category id, in Detectron2's order; by default, taken from
+                the checkpoint that is loaded.
             config: the config to save, as YAML.
         """
         super().__init__(*args, **kwargs)

@@ -240,7 +240,7 @@ def dataset_classes(name: str) -> dict[Any, str]:
 def class_metadata(name: str, classes: dict[Any, str]) -> Metadata:
     """
     Return the metadata of the dataset `name` if it has these classes, or else new metadata with
-    them: those of a model need not be those of the dataset that has the name in this process.
+    them: a model need not have the classes of the dataset of that name in this process.
     """
     known = MetadataCatalog.get(name)
     names, ids = list(classes.values()), {id: i for i, id in enumerate(classes)}

@@ -39,7 +39,7 @@ class TrainLoader:
     it continues as without interruption, bit for bit, with any number of workers. With another
     number of processes or batch size it continues at the same number of images seen.
 
-    The stream is that of Detectron2's sampler. Images are grouped by aspect ratio as by
+    The order of the images comes from Detectron2's sampler. They are grouped by aspect ratio as by
     :class:`AspectRatioGroupedDataset`, but by the sizes in the dataset.
     """
 
@@ -103,7 +103,7 @@ class TrainLoader:
             yield batch
 
     def _seed_sampler(self) -> None:
-        """Have the sampler yield the stream of the seed, which is that of a run that is resumed."""
+        """Seed the sampler; a resumed run has the seed of its first start."""
         self._sampler._seed = self._dataset.seed = self.seed
         if isinstance(self._sampler, RandomSubsetTrainingSampler):  # draws by another seed
             generator = torch.Generator().manual_seed(derive_seed(self.seed))
@@ -204,7 +204,7 @@ class _SeededDataset(Dataset):
 def derive_seed(*numbers: int) -> int:
     """
     Returns:
-        A seed, less than 2**32, that is practically independent of those of other numbers.
+        A seed, less than 2**32, that is practically independent of the seeds of other numbers.
     """
     return int(np.random.SeedSequence([n % 2**32 for n in numbers]).generate_state(1)[0])
 

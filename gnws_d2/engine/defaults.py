@@ -168,9 +168,9 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
-        Go on with the images, the augmentation and the proposals that would have come next. If the
-        run had another number of processes or batch size, iterations are counted in batches of now,
-        and the learning rate is that of now, as at the start of a run (``SOLVER.BASE_LR``).
+        Continue with the images, the augmentation and the proposals that would have come next. If
+        the number of processes or the batch size has changed, iterations are counted in batches of
+        the new size, and the learning rate follows the new config (``SOLVER.BASE_LR``).
         """
         base_lrs = list(self.scheduler.base_lrs)
         TrainerBase.load_state_dict(self, state_dict)
@@ -211,7 +211,7 @@ class Trainer(DefaultTrainer):
             ) from e
 
     def run_step(self) -> None:
-        # Of the proposals that are sampled, so that they do not depend on where a run started.
+        # So that the sampled proposals do not depend on where a run started.
         torch.manual_seed(derive_seed(self.data_loader.seed, comm.get_rank(), self.iter))
         super().run_step()
 

@@ -1,4 +1,4 @@
-"""What Detectron2's launcher and torchrun leave to the program that they start."""
+"""Process setup that neither Detectron2's launcher nor torchrun provides."""
 
 import argparse
 import contextlib
@@ -89,6 +89,8 @@ def supervise(cfg: CfgNode, args: argparse.Namespace) -> Iterator[None]:
     try:
         with _environment(environ):
             yield
+        if stopped:  # older versions of PyTorch take a process that Ctrl-C has ended for finished
+            sys.exit(128 + stopped[0])
     except (ProcessRaisedException, ProcessExitedException) as e:
         error = _describe_failure(e)
         if stopped and not isinstance(error, UserError):

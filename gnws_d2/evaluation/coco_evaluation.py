@@ -1,5 +1,5 @@
 """
-Compute COCO AP with hotcoco, whose numbers are those of pycocotools, the official API, in a tenth
+Compute COCO AP with hotcoco, which gives the numbers of pycocotools, the official API, in a tenth
 of the time or less.
 """
 
@@ -149,7 +149,7 @@ def evaluate_results(
         task: "bbox", "segm" or "keypoints".
         img_ids: the images to evaluate on (default: all).
         iou_threshold: match at this IoU alone, objects of all sizes, without AP.
-        kpt_oks_sigmas: of each keypoint (default: those of COCO's 17).
+        kpt_oks_sigmas: the sigma of each keypoint (default: COCO's 17).
 
     Returns:
         hotcoco's or pycocotools' :class:`COCOeval`, evaluated, and, unless `iou_threshold` is

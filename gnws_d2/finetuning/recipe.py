@@ -62,7 +62,7 @@ def derive_recipe(
 
 
 def has_masks(coco: Coco) -> bool:
-    """Return whether each object that is no crowd has a segmentation."""
+    """Return whether each object, except crowds, has a segmentation."""
     objects = [a for a in coco["annotations"] if not a.get("iscrowd")]
     return bool(objects) and all(a.get("segmentation") for a in objects)
 
@@ -92,7 +92,7 @@ def _choose_anchors(cfg: CfgNode, boxes: np.ndarray) -> list[Choice]:
     after = anchor_coverage(boxes, new_sizes, new_ratios)
     if after <= before:
         return []
-    reason = f"k-means: they cover {after:.0%} of the boxes, those of the config {before:.0%}"
+    reason = f"k-means: they cover {after:.0%} of the boxes, the anchors of the config {before:.0%}"
     return [
         Choice("MODEL.ANCHOR_GENERATOR.SIZES", new_sizes, reason),
         Choice("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", new_ratios, reason),

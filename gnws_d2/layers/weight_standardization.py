@@ -29,7 +29,7 @@ def standardize_weight(
     Args:
         weight: (C_out, C_in / groups, kH, kW), floating point.
         eps: added to the standard deviation.
-        dtype: of the output; by default that of `weight`.
+        dtype: of the output; by default the dtype of `weight`.
         kernels: see :func:`group_norm`.
 
     Returns:

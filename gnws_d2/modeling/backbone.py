@@ -24,7 +24,7 @@ def build_resnet_gnws_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 
     Args:
         cfg: reads ``MODEL.RESNETS.*``, ``MODEL.BACKBONE.FREEZE_AT`` and ``MODEL.GNWS.*``.
-        input_shape: its ``channels`` are those of the image.
+        input_shape: its ``channels`` is the number of channels of the image.
 
     Returns:
         A backbone from (N, C, H, W) images to ``{name: feature}`` for
@@ -42,9 +42,9 @@ def build_resnet_gnws_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 @BACKBONE_REGISTRY.register()
 def build_resnet_gnws_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """
-    Build Detectron2's :func:`build_resnet_fpn_backbone` with every convolution, including those of
-    the FPN, weight-standardized. Arguments and errors are those of
-    :func:`build_resnet_gnws_backbone`; also reads ``MODEL.FPN.*``.
+    Build Detectron2's :func:`build_resnet_fpn_backbone` with every convolution, also of the FPN,
+    weight-standardized. For arguments and errors see :func:`build_resnet_gnws_backbone`; also reads
+    ``MODEL.FPN.*``.
 
     Returns:
         A backbone from (N, C, H, W) images to ``{"p2": ..., "p6": ...}``.

@@ -151,7 +151,7 @@ def _median(images: list[Any]) -> list[Any]:
 
 
 def _describe_overlap(run: Run, dataset_name: str) -> str:
-    """Say whether the images of a dataset are among those of the training, by their bytes."""
+    """Say whether images of a dataset were trained on, by comparing the bytes of the files."""
     if not run.num_iterations:
         return ""
     files = [MetadataCatalog.get(name).get("json_file", "") for name in run.cfg.DATASETS.TRAIN]

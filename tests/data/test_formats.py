@@ -299,14 +299,14 @@ SHAPES = '{"shapes": [%s], "imagePath": "a.png"}'
             r"line 1: 2 coordinates are neither a box \(4\) nor a polygon",
         ),
         ({"a.xml": "<annotation>"}, "a.xml has no image"),
-        ({"a.xml": "<annotation>", "a.png": (8, 8)}, "a.xml is no Pascal VOC annotation"),
+        ({"a.xml": "<annotation>", "a.png": (8, 8)}, "a.xml is not a Pascal VOC annotation"),
         ({"a.json": SHAPES % ""}, "a.json has no image: a.png is not in"),
         (
             {
                 "a.json": SHAPES % '{"label": "x", "shape_type": "line", "points": [[0, 0]]}',
                 "a.png": (8, 8),
             },
-            "a.json: a shape of 'x' cannot be used: line is no region",
+            "a.json: a shape of 'x' cannot be used: line is not a region",
         ),
         ({"images/a.png": (8, 8), "masks/a.png": (9, 8)}, "masks/a.png is of 9x8, but .* 8x8"),
         (

@@ -328,6 +328,16 @@ def test_environment_is_set_for_the_processes_of_a_run_alone(tmp_path, monkeypat
     assert dict(os.environ) == before
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal_is_the_status_also_if_all_processes_seem_to_have_finished(tmp_path, signum):
+    """PyTorch's launcher takes one that Ctrl-C has ended for that."""
+    cfg, args = config(tmp_path, "MODEL.DEVICE", "cpu")
+    args.num_gpus, args.num_machines = 2, 1
+    with pytest.raises(SystemExit) as e, supervise(cfg, args):
+        os.kill(os.getpid(), signum)
+    assert e.value.code == 128 + signum
+
+
 def test_output_dir_is_for_one_run(tmp_path):
     cfg, args = config(tmp_path, "OUTPUT_DIR", str(tmp_path / "out"))
     began = time.monotonic()

@@ -213,6 +213,7 @@ import itertools, os, signal, torch
 from detectron2.engine import launch
 from detectron2.utils import comm
 from test_train_loop import Model, make_trainer, run, weights
+from gnws_d2.engine.launch import leave_process_group
 from gnws_d2.utils.errors import UserError
 from gnws_d2.utils.signals import catch_signals
 
@@ -245,7 +246,7 @@ def main():
             os.kill(os.getpid(), signal.SIGTERM)
         run(trainer, 1)
     assert trainer.stop_signal == signal.SIGTERM
-    torch.distributed.destroy_process_group()  # a process without it has aborted at exit
+    leave_process_group()
 
 if __name__ == "__main__":
     launch(main, 2, dist_url="auto")

@@ -17,6 +17,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import Photographs, small_mask_rcnn
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils.logger import setup_logger
 from onnx import numpy_helper
@@ -55,7 +56,9 @@ def small(tmp_path_factory):
     cfg.DATASETS.COCO = [["int8_found", str(root / "found.json"), str(IMAGES)]]
     cfg.DATASETS.TEST = ("int8_found",)
     register_coco_datasets(cfg.DATASETS.COCO)
-    return cfg
+    yield cfg
+    for catalog in (DatasetCatalog, MetadataCatalog):  # a worker may come back to this module
+        catalog.remove("int8_found")
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,7 @@ def test_anchors_come_from_the_boxes_where_those_of_the_config_do_not_cover_them
         model_zoo.get_config(ZOO), coco, epochs=1, images_at_once=2, num_processes=1
     )
     (choice,) = [c for c in choices if c.key == "MODEL.ANCHOR_GENERATOR.SIZES"]
-    assert choice.reason == "k-means: they cover 100% of the boxes, those of the config 0%"
+    assert choice.reason == "k-means: they cover 100% of the boxes, the anchors of the config 0%"
     keys = {c.key: c.value for c in choices}
     sizes, ratios = choice.value, keys["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS"]
     assert len(sizes) == len(before.SIZES) and len(ratios[0]) == 3

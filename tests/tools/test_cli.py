@@ -70,6 +70,7 @@ def test_mistakes_end_at_once_with_status_2(args, message):
 
 def test_train_and_eval_are_train_net(monkeypatch):
     called = []
+    monkeypatch.setattr(train_net, "separate_evaluation", lambda args: None)
     monkeypatch.setattr(train_net, "get_config", called.append)
     monkeypatch.setattr(train_net, "check_setup", lambda *_: sys.exit(7))
     for command in ("train", "eval"):

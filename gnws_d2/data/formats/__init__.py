@@ -1,4 +1,4 @@
-"""Read datasets of common formats as COCO, told apart by what a directory holds."""
+"""Read datasets of common formats as COCO. The content of a directory tells the format."""
 
 import math
 import os

@@ -10,7 +10,7 @@ from .dataset import Coco, complete_coco, is_image, read_json, split_of
 
 
 def find(root: str, files: list[str]) -> list[str]:
-    """Return those of the files below `root` that are of this format."""
+    """Return the label files of this format among the files below `root`."""
     found = []
     for file in (f for f in files if f.lower().endswith(".json")):
         content = read_json(root, file)

@@ -13,7 +13,7 @@ from .dataset import Coco, Dataset, encode_mask, read_json, split_of
 
 
 def find(root: str, files: list[str]) -> list[str]:
-    """Return those of the files below `root` that are of this format."""
+    """Return the label files of this format among the files below `root`."""
     contents = ((f, read_json(root, f)) for f in files if f.lower().endswith(".json"))
     return [f for f, c in contents if isinstance(c, dict) and {"shapes", "imagePath"} <= c.keys()]
 
@@ -68,4 +68,4 @@ def _labelme_polygon(shape: dict[str, Any]) -> np.ndarray:
         angles = np.linspace(0, 2 * np.pi, 32, endpoint=False)
         radius = np.linalg.norm(points[1] - points[0])
         return points[0] + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    raise ValueError(f"{shape['shape_type']} is no region (polygon, rectangle, circle or mask)")
+    raise ValueError(f"{shape['shape_type']} is not a region (polygon, rectangle, circle or mask)")

@@ -18,7 +18,7 @@ _ONE_CLASS = "object"  # masks have no names
 
 
 def find(root: str, files: list[str]) -> list[str]:
-    """Return those of the files below `root` that are of this format."""
+    """Return the label files of this format among the files below `root`."""
     return [f for f in filter(is_image, files) if "masks" in Path(f).parts[:-1]]
 
 

@@ -9,7 +9,7 @@ from .dataset import Coco, Dataset, is_image, split_of
 
 
 def find(root: str, files: list[str]) -> list[str]:
-    """Return those of the files below `root` that are of this format."""
+    """Return the label files of this format among the files below `root`."""
     return [f for f in files if f.endswith(".xml") and b"<annotation" in _head(root, f)]
 
 
@@ -46,5 +46,5 @@ def read(root: str, files: list[str], own: list[str]) -> dict[str, Coco]:
                 name = item.findtext("name") or ""
                 dataset.add_object(split, image, name, bbox=box, iscrowd=crowd)
         except (ElementTree.ParseError, ValueError) as e:
-            raise UserError(f"{path} is no Pascal VOC annotation: {e}.") from e
+            raise UserError(f"{path} is not a Pascal VOC annotation: {e}.") from e
     return dataset.finish()

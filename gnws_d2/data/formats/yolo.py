@@ -15,7 +15,7 @@ from .dataset import Coco, Dataset, is_image, split_of
 
 
 def find(root: str, files: list[str]) -> list[str]:
-    """Return those of the files below `root` that are of this format."""
+    """Return the label files of this format among the files below `root`."""
     return [f for f in files if f.endswith(".txt") and "labels" in Path(f).parts[:-1]]
 
 

@@ -41,7 +41,7 @@ def find_kernels(
         mode: "auto", "triton" or "torch", see :func:`gnws_d2.layers.group_norm`.
         x: tensor to run the kernels on.
         args: other arguments of ``unsupported_reason`` in the module of that name.
-        dtype: of the output; by default that of `x`.
+        dtype: of the output; by default the dtype of `x`.
 
     Returns:
         The module of that name, or None for PyTorch's own operators: if `mode` is "torch", if `x`
