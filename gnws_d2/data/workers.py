@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
@@ -23,11 +24,18 @@ def iterate(loader: DataLoader) -> Iterator[Any]:
     Iterate over `loader` with workers that go on when SIGTERM or SIGINT comes. Schedulers and
     terminals send these to all processes of a job, but only the main one of a loader acts on them,
     and needs its workers until then.
+
+    In a process of Detectron2's launcher, workers are forked, as they are elsewhere on Linux. The
+    launcher's own start method would have each of them import PyTorch again, for every evaluation.
     """
     loader.worker_init_fn = _init_worker
+    launched = multiprocessing.parent_process() is not None
+    if launched and loader.num_workers > 0 and sys.platform == "linux":
+        loader.multiprocessing_context = "fork"
+    method = getattr(loader.multiprocessing_context, "_start_method", None)
     # Workers inherit the mask, so that they ignore signals from their first moment on. Python's
     # resource tracker, which serves all start methods but fork, resets the mask when it starts.
-    if _CAN_BLOCK and multiprocessing.get_start_method() != "fork":
+    if _CAN_BLOCK and (method or multiprocessing.get_start_method()) != "fork":
         resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS) if _CAN_BLOCK else None
     try:

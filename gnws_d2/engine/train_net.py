@@ -58,7 +58,7 @@ def separate_evaluation(args: argparse.Namespace) -> None:
         return
     if args.resume:
         last = Checkpointer(nn.Module(), output_dir).get_checkpoint_file()
-        args.resume, args.opts = False, [*args.opts, "MODEL.WEIGHTS", last]
+        args.resume, args.opts = False, [*args.opts, *(("MODEL.WEIGHTS", last) if last else ())]
     args.opts = [*args.opts, "OUTPUT_DIR", os.path.join(output_dir, "evaluation")]
 
 
