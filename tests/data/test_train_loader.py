@@ -1,5 +1,6 @@
 import itertools
 import logging
+import multiprocessing
 import os
 import random
 import subprocess
@@ -20,7 +21,7 @@ from PIL import Image
 from gnws_d2.config import load_config
 from gnws_d2.data.dataset_mapper import BadImageError, read_image
 from gnws_d2.data.train_loader import TrainLoader, build_train_loader
-from gnws_d2.data.workers import StoppableLoader  # noqa: F401, for a script below
+from gnws_d2.data.workers import StoppableLoader
 from gnws_d2.utils.errors import UserError
 
 
@@ -259,6 +260,16 @@ assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
     run = run_code(code, stderr=subprocess.PIPE, text=True)
     _, stderr = run.communicate(timeout=100)
     assert run.returncode == 0, stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="for Linux")
+def test_workers_of_a_launched_process_are_forked(monkeypatch):
+    """With the launcher's own start method each would import PyTorch, for every evaluation."""
+    monkeypatch.setattr(multiprocessing, "parent_process", multiprocessing.current_process)
+    loader = torch.utils.data.DataLoader([0, 1, 2], num_workers=1, batch_size=None)
+    loader.multiprocessing_context = "spawn"
+    assert list(StoppableLoader(loader)) == [0, 1, 2]
+    assert loader.multiprocessing_context.get_start_method() == "fork"
 
 
 def test_workers_end_when_the_training_process_is_killed():
