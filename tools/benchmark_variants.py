@@ -304,7 +304,7 @@ def main() -> None:
         result["seconds"][name], memory = measure_part(part, args, cuda)
         if part.memory:
             result["memory_bytes"][name] = [memory]
-    print(json.dumps(result), file=output)
+    print(json.dumps(result), file=output, flush=True)
 
 
 if __name__ == "__main__":
