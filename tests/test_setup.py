@@ -36,10 +36,10 @@ def setup_env(tmp_path):
         shutil.copy(ROOT / name, checkout / name)
     (checkout / "gnws_d2").symlink_to(ROOT / "gnws_d2")
 
-    def run(*extras, **environ):
+    def run(*extras, cwd=checkout, **environ):
         return subprocess.run(
-            ["bash", "tools/setup_env.sh", *extras],
-            cwd=checkout,
+            ["bash", str(checkout / "tools" / "setup_env.sh"), *extras],
+            cwd=cwd,
             env={**os.environ, **environ},
             capture_output=True,
             text=True,
@@ -64,7 +64,8 @@ def fake_uv(tmp_path, bare_python):
     script = tmp_path / "uv" / "uv"
     script.write_text(FAKE_UV.format(python=bare_python, log=log, error=error))
     script.chmod(0o755)
-    (tmp_path / "detectron2-0.6-py3-none-any.whl").touch()
+    with zipfile.ZipFile(tmp_path / "detectron2-0.6-py3-none-any.whl", "w"):
+        pass
     environ = {
         "PATH": f"{script.parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHON": bare_python,
@@ -76,6 +77,35 @@ def fake_uv(tmp_path, bare_python):
 def test_unsuitable_python_is_named(setup_env):
     run = setup_env(PYTHON="no-such-python")
     assert run.returncode == 2 and "'no-such-python' is not Python 3.10 or later" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "extras, message",
+    [
+        (["reprot"], "'reprot' is not an extra of setup.py, which has: report onnx wandb dev."),
+        (["dev,reprot"], "'reprot' is not an extra"),
+        (["--help"], "'--help' is not an extra"),
+        (
+            ["report", "onnx"],
+            "give the extras as one argument, as in dev,report; got 'report onnx'.",
+        ),
+    ],
+)
+def test_misspelled_extras_are_refused_before_anything_is_installed(
+    setup_env, fake_uv, extras, message
+):
+    environ, log, _ = fake_uv
+    run = setup_env(*extras, **environ)
+    assert run.returncode == 2 and run.stderr.startswith(f"setup_env.sh: error: {message}")
+    assert not log.exists() and not (setup_env.checkout / ".venv").exists()
+
+
+def test_paths_are_those_of_the_directory_that_the_user_is_in(setup_env, fake_uv, tmp_path):
+    environ, log, _ = fake_uv
+    environ = {k: v.replace(f"{tmp_path}/", "") for k, v in environ.items() if k != "PATH"}
+    run = setup_env(cwd=tmp_path, PATH=fake_uv[0]["PATH"], **environ)
+    assert run.returncode == 0, run.stderr
+    assert fake_uv[0]["DETECTRON2"] in log.read_text()
 
 
 def test_python_without_venv_is_named(setup_env, tmp_path):
@@ -117,6 +147,26 @@ def test_second_set_up_installs_nothing_unless_versions_or_extras_changed(setup_
         f.write("another==1.0\n")
     assert installed("dev") and not installed("dev")
 
+    # The environment was made with other variables.
+    run = setup_env("dev", **{**environ, "TORCH_BACKEND": "cpu"})
+    assert run.stderr == (
+        "TORCH_BACKEND=cpu is ignored, as .venv is set up already: delete it to set up anew.\n"
+    )
+
+
+def test_activated_environment_of_a_linked_checkout_is_its_own(setup_env, fake_uv, tmp_path):
+    environ, log, _ = fake_uv
+    assert setup_env(**environ).returncode == 0
+    python = setup_env.checkout / ".venv" / "bin" / "python"
+    info = next(python.parents[1].glob("lib/python*/site-packages")) / "detectron2-0.6.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: detectron2\nVersion: 0.6\n")
+    (tmp_path / "link").symlink_to(setup_env.checkout)
+    log.write_text("")
+    linked = str(tmp_path / "link" / ".venv" / "bin" / "python")
+    assert setup_env(**{**environ, "PYTHON": linked}).returncode == 0
+    assert log.read_text() == ""
+
 
 @pytest.mark.parametrize(
     "error, message",
@@ -126,13 +176,14 @@ def test_second_set_up_installs_nothing_unless_versions_or_extras_changed(setup_
             "error sending request for url (https://x/simple/)",
             "the package index cannot be reached",
         ),
+        ("invalid value 'x' for '--torch-backend'", "TORCH_BACKEND=cpu is not a build of PyTorch"),
         ("something else", "the installation failed; the reason is above"),
     ],
 )
 def test_failed_installation_is_one_sentence(setup_env, fake_uv, error, message):
     environ, _, file = fake_uv
     file.write_text(error)
-    run = setup_env(**environ)
+    run = setup_env(**environ, TORCH_BACKEND="cpu")
     assert run.returncode == 2 and run.stdout == ""
     assert error in run.stderr
     assert f"setup_env.sh: error: {message}" in run.stderr.splitlines()[-1]
@@ -193,13 +244,15 @@ def detectron2_checkout(tmp_path):
     return checkout
 
 
-@pytest.mark.parametrize("archived", [False, True])
-def test_wheel_has_the_python_files_and_configs_alone(detectron2_checkout, tmp_path, archived):
+@pytest.mark.parametrize(
+    "format, root", [(None, ""), ("gztar", "d2-02b5"), ("gztar", ""), ("zip", "d2")]
+)
+def test_wheel_has_the_python_files_and_configs_alone(detectron2_checkout, tmp_path, format, root):
     source = detectron2_checkout
-    if archived:
-        source = tmp_path / "detectron2.tar.gz"
-        with tarfile.open(source, "w:gz") as tar:
-            tar.add(detectron2_checkout, "detectron2-02b5c4e")
+    if format is not None:
+        (tmp_path / "archived").mkdir()
+        shutil.copytree(source, tmp_path / "archived" / root, dirs_exist_ok=True)
+        source = shutil.make_archive(tmp_path / "detectron2", format, tmp_path / "archived")
     run = build_wheel(tmp_path, DETECTRON2=str(source))
     assert run.returncode == 0, run.stderr
     assert run.stderr == f"Detectron2 is {source}; not compiled.\n"
@@ -224,18 +277,53 @@ def test_wheel_has_the_python_files_and_configs_alone(detectron2_checkout, tmp_p
 @pytest.mark.parametrize(
     "source, message",
     [
+        ("git+", " cannot be cloned"),
         ("git+file:///no/such/detectron2.git", "file:///no/such/detectron2.git cannot be cloned"),
         ("git+file:///no/such.git@02b5c4e", "file:///no/such.git cannot be cloned"),
-        ("/no/such/checkout", "/no/such/checkout is not a checkout of Detectron2"),
+        ("/no/such/checkout", "DETECTRON2=/no/such/checkout does not exist. It is a checkout,"),
+        (
+            "https://mirror/detectron2.git",
+            "DETECTRON2=https://mirror/detectron2.git does not exist.",
+        ),
+        ("empty.tar.gz", "empty.tar.gz is not an archive of Detectron2: it has no detectron2/."),
+        ("empty.whl", "empty.whl is not a wheel."),
         ("configs", "configs is not a checkout of Detectron2"),
         ("README.md", "README.md is not an archive of Detectron2"),
     ],
 )
 def test_source_that_cannot_be_used_is_named(tmp_path, monkeypatch, source, message):
-    monkeypatch.chdir(ROOT)
+    for name in ("configs", "README.md"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    tarfile.open(tmp_path / "empty.tar.gz", "w:gz").close()
+    (tmp_path / "empty.whl").touch()
+    monkeypatch.chdir(tmp_path)
     run = build_wheel(tmp_path, DETECTRON2=source)
-    assert run.returncode != 0 and run.stdout == ""
+    assert run.returncode != 0 and run.stdout == "" and run.stderr.count("\n") == 1
     assert run.stderr.startswith(f"Detectron2 cannot be installed: {message}"), run.stderr
+
+
+def test_revisions_and_copies_of_the_release_get_its_edits(detectron2_checkout, tmp_path):
+    files = {
+        "layers/deform_conv.py": "from detectron2 import _C\n",
+        "export/__init__.py": "from .api import *\nfrom .flatten import TracingAdapter\n",
+        "data/transforms/transform.py": "mode = Image.LINEAR\n",
+    }
+    for name, text in files.items():
+        path = detectron2_checkout / "detectron2" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    git = ["git", "-C", str(detectron2_checkout), "-c", "user.name=a", "-c", "user.email=a@b"]
+    commands = (["init", "-q"], ["add", "."], ["commit", "-qm", "release"], ["tag", "v0.6"])
+    for command in (*commands, ["rm", "-rq", "detectron2"], ["commit", "-qm", "later"]):
+        subprocess.run([*git, *command], check=True)
+
+    run = build_wheel(tmp_path, DETECTRON2=f"git+file://{detectron2_checkout}@v0.6")
+    assert run.returncode == 0, run.stderr
+    with zipfile.ZipFile(run.stdout.strip()) as wheel:
+        read = {name: wheel.read(f"detectron2/{name}").decode() for name in ("_C.py", *files)}
+    assert "def get_compiler_version" in read["_C.py"]
+    assert read["export/__init__.py"] == "from .flatten import TracingAdapter\n"
+    assert read["data/transforms/transform.py"] == "mode = Image.BILINEAR\n"
 
 
 def test_servers_out_of_reach_are_noticed_within_ten_seconds(tmp_path):

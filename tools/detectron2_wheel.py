@@ -3,8 +3,8 @@
 Build a wheel of Detectron2's Python files. Its compiled operators are left out: GN+WS models use
 none of them, and so need no compiler. The source is the first of these that can be had:
 
-* ``DETECTRON2``: a wheel, which is used as it is, a checkout, an archive (.tar.gz), git+URL, or
-  v0.6 for the release below;
+* ``DETECTRON2``: a wheel, which is used as it is, a checkout, an archive (.tar.gz, .zip), git+URL,
+  git+URL@REVISION, or v0.6 for the release below;
 * the commit of requirements.txt from GitHub, as an archive, or by git;
 * the last release, v0.6, from the package index, which has its source under another name.
 
@@ -23,7 +23,9 @@ import sys
 import tarfile
 import tempfile
 import threading
+import urllib.parse
 import urllib.request
+import zipfile
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,8 @@ def build_wheel(requirements: str, directory: str) -> str:
     """
     source = os.environ.get("DETECTRON2", "")
     if source.endswith(".whl") and os.path.isfile(source):
+        if not zipfile.is_zipfile(source):
+            raise SourceError(f"{source} is not a wheel.")
         print(f"Detectron2 is the wheel {source}.", file=sys.stderr)
         return source
     text = Path(requirements).read_text()
@@ -98,12 +102,18 @@ def _get_source(source: str, tree: Path) -> str:
     if source == "v0.6":
         return _get_release(tree)
     if source.startswith("git+"):
-        ((url, revision),) = re.findall(r"git\+(.*?)(?:@(\w+))?$", source)
-        _clone(url, revision, tree)
+        url = urllib.parse.urlsplit(source[len("git+") :])
+        path, _, revision = url.path.partition("@")
+        _clone(url._replace(path=path).geturl(), revision, tree)
     elif os.path.isfile(source):
         _unpack(source, tree)
-    else:
+    elif os.path.isdir(source):
         _copy(Path(source), tree)
+    else:
+        raise SourceError(
+            f"DETECTRON2={source} does not exist. It is a checkout, an archive (.tar.gz, .zip), a "
+            "wheel (.whl), git+URL, git+URL@REVISION or v0.6."
+        )
     return source
 
 
@@ -129,18 +139,18 @@ def _get_release(tree: Path) -> str:
         raise SourceError(
             f"the package index does not have {_RELEASE}, or cannot be reached. Set DETECTRON2 to "
             "another source (a checkout, an archive, a wheel, git+https://MIRROR/detectron2.git). "
-            f"{done.stderr.strip()}"
+            f"{_first_line(done.stderr)}"
         )
     archive = tree / "archive.tar.gz"
     archive.write_bytes(_download(urls[0]))
     if hashlib.sha256(archive.read_bytes()).hexdigest() != _RELEASE_SHA256:
         raise SourceError(f"{urls[0]} has another SHA-256 than {_RELEASE_SHA256}.")
     _unpack(str(archive), tree)
-    for pattern, before, after in _RELEASE_EDITS:
-        for path in tree.glob(pattern):
-            path.write_text(re.sub(before, after, path.read_text()))
-    (tree / "detectron2" / "_C.py").write_text(_RELEASE_C.lstrip())
     return "the release v0.6 of the package index"
+
+
+def _first_line(reason: object) -> str:
+    return str(reason).strip().partition("\n")[0]
 
 
 def _check_reachable(url: str) -> None:
@@ -170,11 +180,23 @@ def _download(url: str) -> bytes:
 def _unpack(archive: str, tree: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            with tarfile.open(archive) as tar:
-                tar.extractall(temporary, filter="data")
-        except (tarfile.TarError, EOFError, OSError) as e:
-            raise SourceError(f"{archive} is not an archive of Detectron2: {e}.") from e
-        _copy(next(Path(temporary).iterdir()), tree)
+            if zipfile.is_zipfile(archive):
+                with zipfile.ZipFile(archive) as file:
+                    file.extractall(temporary)
+            else:
+                # Python 3.10.12 and 3.11.4 have filters.
+                safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+                with tarfile.open(archive) as tar:
+                    tar.extractall(temporary, **safe)
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as e:
+            raise SourceError(
+                f"{archive} is not an archive of Detectron2: {_first_line(e)}."
+            ) from e
+        roots = [Path(temporary), *Path(temporary).iterdir()]
+        root = next((d for d in roots if (d / "detectron2" / "__init__.py").is_file()), None)
+        if root is None:
+            raise SourceError(f"{archive} is not an archive of Detectron2: it has no detectron2/.")
+        _copy(root, tree)
 
 
 def _clone(url: str, revision: str, tree: Path, timeout: float | None = None) -> None:
@@ -187,7 +209,7 @@ def _clone(url: str, revision: str, tree: Path, timeout: float | None = None) ->
             subprocess.run([*git, "clone", "-q", url, "."], **run)
             subprocess.run([*git, "checkout", "-q", revision or "HEAD"], **run)
         except (OSError, subprocess.SubprocessError) as e:
-            reason = (getattr(e, "stderr", None) or str(e)).strip()
+            reason = _first_line(getattr(e, "stderr", None) or e)
             raise SourceError(f"{url} cannot be cloned: {reason}") from e
         _copy(Path(clone), tree)
 
@@ -209,7 +231,18 @@ def _copy(source: Path, tree: Path) -> None:
         (tree / "commit").write_bytes(commit if (source / ".git").exists() else b"")
 
 
+def _edit_release(tree: Path) -> None:
+    for pattern, before, after in _RELEASE_EDITS:
+        for path in tree.glob(pattern):
+            path.write_text(re.sub(before, after, path.read_text()))
+    (tree / "detectron2" / "_C.py").write_text(_RELEASE_C.lstrip())
+
+
 def _build(tree: Path, directory: str) -> str:
+    # Later versions do without the compiled operators, and have the same version number.
+    layer = tree / "detectron2" / "layers" / "deform_conv.py"
+    if layer.is_file() and re.search(r"^from detectron2 import _C", layer.read_text(), re.M):
+        _edit_release(tree)
     text = (tree / "detectron2" / "__init__.py").read_text()
     (version,) = re.findall(r'^__version__ = "(.*)"', text, re.M)
     with contextlib.suppress(FileNotFoundError):

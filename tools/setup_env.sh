@@ -9,7 +9,6 @@
 #   TORCH_BACKEND=cpu    the build of PyTorch, for uv's --torch-backend: cpu, cu128, auto, ...
 #                        (default: that of the package index)
 set -euo pipefail
-cd "$(dirname "$0")/.."
 exec 3>&1 1>&2 # stdout is for the one line at the end
 
 fail() {
@@ -17,19 +16,38 @@ fail() {
     exit 2
 }
 
+# Paths are those of the caller's directory.
+absolute() { echo "$(cd "$(dirname "$1")" && pwd)/$(basename "$1")"; }
 python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+[[ $python != */* || ! -e $python ]] || python=$(absolute "$python")
+[ ! -e "${DETECTRON2:-}" ] || export DETECTRON2=$(absolute "$DETECTRON2")
+cd "$(dirname "$0")/.."
+
+extras=${1:-report}
+known=$(sed -n '/extras_require/,$ s/^        "\(.*\)": \[.*/\1/p' setup.py | xargs)
+[ $# -le 1 ] || fail "give the extras as one argument, as in dev,report; got '$*'."
+IFS=, read -ra names <<<"$extras"
+for name in "${names[@]}"; do
+    [[ " $known " == *" $name "* ]] || fail "'$name' is not an extra of setup.py, which has: $known."
+done
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
     fail "'$python' is not Python 3.10 or later: set PYTHON to one that is, as in PYTHON=python3.11."
 detectron2_version() {
     "$1" -c 'import importlib.metadata as m; print(m.version("detectron2"))' 2>/dev/null
 }
 
 # What is set up already need not be looked at again.
-extras=${1:-report}
 done=.venv/.set_up/$extras
 state=$(cat setup.py requirements.txt | cksum)
 own=$(detectron2_version "$python" || true) # of the user's own environment, which is used as it is
-[ "$("$python" -c 'import sys; print(sys.prefix)')" != "$PWD/.venv" ] || own= # activated
+[ ! "$("$python" -c 'import sys; print(sys.prefix)')" -ef .venv ] || own= # activated
+if [ -z "$own" ] && [ -f .venv/.set_up/variables ]; then
+    for name in DETECTRON2 PYTHON TORCH_BACKEND; do
+        [ -z "${!name:-}" ] || grep -qxF "$name=${!name}" .venv/.set_up/variables ||
+            echo "$name=${!name} is ignored, as .venv is set up already: delete it to set up anew."
+    done
+fi
 if [ -z "$own" ] && [ "$(cat "$done" 2>/dev/null)" = "$state" ]; then
     echo "$PWD/.venv/bin/python" >&3
     exit
@@ -37,13 +55,18 @@ fi
 
 # End with the reason of an installation that failed, which is in $log.
 explain() {
-    cat "$log"
+    local proxy=${HTTPS_PROXY:-${https_proxy:-${ALL_PROXY:-}}}
+    proxy=${proxy##*@} # without its password
     if grep -qiE 'no space left|disk quota' "$log"; then
         fail "the disk is full: the environment takes 6 GB."
     elif grep -qiE 'connect|error sending request|timed out' "$log"; then
-        fail "the package index cannot be reached: check the network, or set PIP_INDEX_URL to the" \
-            "address of a mirror."
+        fail "the package index cannot be reached: check the network${proxy:+ and the proxy $proxy}, or" \
+            "set PIP_INDEX_URL to the address of a mirror."
+    elif grep -q torch-backend "$log"; then
+        fail "TORCH_BACKEND=$TORCH_BACKEND is not a build of PyTorch that uv knows: it is cpu, auto," \
+            "cu128 or another that 'uv pip install --help' lists."
     fi
+    cat "$log"
     fail "the installation failed; the reason is above."
 }
 
@@ -104,5 +127,10 @@ else
     wheel=$("$python" tools/detectron2_wheel.py requirements.txt "$temporary") || exit 2
 fi
 install ${wheel:+"$wheel"} -e ".[$extras]"
-[ -n "$own" ] || { mkdir -p .venv/.set_up && echo "$state" >"$done"; }
+if [ -z "$own" ]; then
+    mkdir -p .venv/.set_up
+    [ -f .venv/.set_up/variables ] || printf '%s\n' "DETECTRON2=${DETECTRON2:-}" \
+        "PYTHON=${PYTHON:-}" "TORCH_BACKEND=${TORCH_BACKEND:-}" >.venv/.set_up/variables
+    echo "$state" >"$done"
+fi
 echo "$python" >&3
