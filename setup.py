@@ -12,7 +12,7 @@ setup(
         "gnws_d2.model_zoo": ["*.json", "configs/*.yaml"],
         "gnws_d2.report": ["*.html"],
     },
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     # Lowest versions alone: requirements.txt holds the versions that are known to work together.
     install_requires=[
         "detectron2",

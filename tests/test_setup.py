@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -74,9 +75,20 @@ def fake_uv(tmp_path, bare_python):
     return environ, log, error
 
 
-def test_unsuitable_python_is_named(setup_env):
-    run = setup_env(PYTHON="no-such-python")
-    assert run.returncode == 2 and "'no-such-python' is not Python 3.10 or later" in run.stderr
+def test_unsuitable_python_is_named(setup_env, tmp_path):
+    old = tmp_path / "python3.10"
+    old.write_text("#!/bin/sh\nexit 1\n")  # which is how it answers that it is too old
+    old.chmod(0o755)
+    for python in ("no-such-python", "/no/such/python", str(old)):
+        run = setup_env(PYTHON=python)
+        assert run.returncode == 2
+        message = f"setup_env.sh: error: '{python}' is not Python 3.11 or later: "
+        assert run.stderr.startswith(message) and run.stderr.count("\n") == 1
+
+
+def test_set_up_and_setup_py_ask_for_the_same_python():
+    needed = re.search(r'python_requires=">=3\.(\d+)"', (ROOT / "setup.py").read_text())[1]
+    assert f"sys.version_info < (3, {needed})" in (ROOT / "tools" / "setup_env.sh").read_text()
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def _unpack(archive: str, tree: Path) -> None:
                 with zipfile.ZipFile(archive) as file:
                     file.extractall(temporary)
             else:
-                # Python 3.10.12 and 3.11.4 have filters.
+                # Python 3.11 has filters from 3.11.4 on.
                 safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
                 with tarfile.open(archive) as tar:
                     tar.extractall(temporary, **safe)

@@ -3,7 +3,7 @@
 # the Python in use already has Detectron2, that Python as it is, with only what is missing.
 # The argument names the extras of setup.py to install (default: report).
 #
-#   PYTHON=python3.11    the Python to start from (default: python3)
+#   PYTHON=python3.12    the Python to start from (default: python3)
 #   DETECTRON2=SOURCE    where to get Detectron2 from: a checkout, an archive, a wheel or
 #                        git+https://MIRROR/detectron2.git (default: see tools/detectron2_wheel.py)
 #   TORCH_BACKEND=cpu    the build of PyTorch, for uv's --torch-backend: cpu, cu128, auto, ...
@@ -31,8 +31,8 @@ for name in "${names[@]}"; do
     [[ " $known " == *" $name "* ]] || fail "'$name' is not an extra of setup.py, which has: $known."
 done
 
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
-    fail "'$python' is not Python 3.10 or later: set PYTHON to one that is, as in PYTHON=python3.11."
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+    fail "'$python' is not Python 3.11 or later: set PYTHON to one that is, as in PYTHON=python3.12."
 detectron2_version() {
     "$1" -c 'import importlib.metadata as m; print(m.version("detectron2"))' 2>/dev/null
 }
@@ -89,7 +89,7 @@ else
     grep -v '^detectron2' requirements.txt >"$versions"
     if [ ! -x .venv/bin/python ]; then
         if [ -n "$uv" ]; then
-            "$uv" venv -q --seed --python "$(command -v "$python")" .venv
+            "$uv" venv -q --python "$(command -v "$python")" .venv
         else
             "$python" -m venv .venv
         fi || {
@@ -123,7 +123,7 @@ wheel=
 if [ -n "$version" ]; then
     echo "Detectron2 is version $version, which $python has already."
 else
-    install -q setuptools
+    install -q pip setuptools
     wheel=$("$python" tools/detectron2_wheel.py requirements.txt "$temporary") || exit 2
 fi
 install ${wheel:+"$wheel"} -e ".[$extras]"
