@@ -9,13 +9,12 @@ from tabulate import tabulate
 
 from .. import model_zoo
 from ..config import choose_device, load_config
-from ..data.check import check_dataset, read_coco_json
-from ..data.formats import complete_coco, read_dataset
+from ..data.formats import Coco, Notes, read_coco_files, read_dataset, root_of
 from ..utils.errors import UserError
 from ..utils.files import atomic_write
 from ..utils.process import num_usable_cores
-from .recipe import Choice, Coco, derive_recipe, has_masks
-from .split import split_dataset, unify_classes
+from .recipe import Choice, derive_recipe, has_masks
+from .split import split_dataset
 
 _MASK_MODEL, _BOX_MODEL = "mask_rcnn_R50_gnws_2x", "faster_rcnn_R50_gnws_1x"
 
@@ -31,6 +30,7 @@ def prepare(
     batch_size: int,
     num_gpus: int,
     patience: int,
+    keep_going: bool,
     opts: Sequence[Any],
 ) -> None:
     """
@@ -43,7 +43,14 @@ def prepare(
     for name, value, least in [*counts, ("patience", patience, 0)]:
         if value < least:
             raise UserError(f"--{name} is at least {least}.")
-    splits, roots, split_reason = _read_splits(data, train, val)
+    given, notes = dict(zip(opts[::2], opts[1::2])), Notes()
+    boxes = model is not None and not load_config(model, [*opts]).MODEL.MASK_ON
+    boxes = boxes or str(given.get("MODEL.MASK_ON")) == "False"
+    skip = given.get("INPUT.ON_BAD_IMAGE") == "skip"
+    splits, roots, split_reason = _read_splits(
+        data, train, val, notes,
+        masks=False if boxes else None, skip_bad_images=skip, keep_going=keep_going,
+    )  # fmt: skip
     model = model or (_MASK_MODEL if has_masks(splits["train"]) else _BOX_MODEL)
     cfg = load_config(model, [*opts])
     choose_device(cfg)
@@ -64,10 +71,10 @@ def prepare(
         Choice("DATASETS.TRAIN", (names[0],), _describe(splits["train"])),
         Choice("DATASETS.TEST", (names[1],), f"{_describe(splits['val'])}, {split_reason}"),
         *derive_recipe(cfg, splits["train"], epochs, batch_size, num_gpus),
+        Choice("DATALOADER.FILTER_EMPTY_ANNOTATIONS", False, "images without objects teach, too"),
         Choice("SOLVER.PATIENCE", patience, "--patience"),
         Choice("OUTPUT_DIR", output, "--output"),
     ]
-    given = dict(zip(opts[::2], opts[1::2]))
     choices = [c for c in choices if c.key not in given]
     cfg.defrost()
     cfg.merge_from_list([item for c in choices for item in (c.key, c.value)])
@@ -80,29 +87,31 @@ def prepare(
     _write_json(f"{os.path.splitext(config_file)[0]}.choices.json", [c._asdict() for c in choices])
     with atomic_write(config_file) as f:
         f.write(cfg.dump())
-    for file, root in zip(files, roots):
-        _check(file, root)
     rows = [[c.key, c.value, c.reason] for c in choices if c.key != "DATASETS.COCO"]
     rows += [[key, value, "given"] for key, value in given.items()]
     print(tabulate(rows, ["key", "value", "why"], maxcolwidths=[None, 40, 60]) + "\n")
+    for line in notes.lines():
+        print(line)
 
 
 def _read_splits(
-    data: str | None, train: Sequence[str] | None, val: Sequence[str] | None
+    data: str | None,
+    train: Sequence[str] | None,
+    val: Sequence[str] | None,
+    notes: Notes,
+    **options: Any,
 ) -> tuple[dict[str, Coco], list[str], str]:
     """Return the COCO dict of "train" and "val", their image roots, and how they were split."""
     if data and not train and not val:
-        source, splits, roots = data, read_dataset(data), [data] * 2
+        source, splits, roots = data, read_dataset(data, notes, **options), [root_of(data)] * 2
     elif train and not data:
-        (source, root), (val_source, val_root) = train, val or train
-        splits, roots = {"all": complete_coco(read_coco_json(source))}, [root, val_root]
-        if val:
-            splits = {"train": splits["all"], "val": complete_coco(read_coco_json(val_source))}
+        source, roots = train[0], [train[1], (val or train)[1]]
+        files = {"train": train, "val": val} if val else {"all": train}
+        splits = read_coco_files(files, notes, **options)
     elif val and not train:
         raise UserError("--val needs --train.")
     else:
         raise UserError("Give either --data DIR or --train ANNOTATIONS.json IMAGE_ROOT.")
-    unify_classes(splits)
     reason = "the data's own split"
     if "all" in splits:
         if len(splits["all"]["images"]) < 2:
@@ -114,18 +123,14 @@ def _read_splits(
     return splits, [os.path.abspath(root) for root in roots], reason
 
 
-def _check(json_file: str, image_root: str) -> None:
-    """Open all images, so that training does not stop at one hours later."""
-    errors = [i.message for i in check_dataset(json_file, image_root) if i.level == "error"]
-    if errors:
-        raise UserError(
-            f"{json_file}: {errors[0]} ({len(errors)} errors in all: gnws check-dataset "
-            f"{json_file} {image_root} lists them.)"
-        )
-
-
 def _describe(coco: Coco) -> str:
-    return f"{len(coco['images'])} images, {len(coco['annotations'])} objects"
+    """The counts of what is trained on or evaluated."""
+    annotations = coco["annotations"]
+    crowds = sum(bool(a["iscrowd"]) for a in annotations)
+    empty = len(coco["images"]) - len({a["image_id"] for a in annotations})
+    text = f"{len(coco['images'])} images, {len(annotations) - crowds} objects"
+    text += f", {crowds} crowds" if crowds else ""
+    return text + (f", {empty} images without objects" if empty else "")
 
 
 def _write_json(path: str, content: Any) -> None:

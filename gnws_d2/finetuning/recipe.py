@@ -46,7 +46,7 @@ def derive_recipe(
     boxes = np.array([np.multiply(a["bbox"][2:], scales[a["image_id"]]) for a in objects])
     counts = Counter(a["image_id"] for a in train["annotations"])
     masks = has_masks(train)
-    mask_reason = f"{'all' if masks else 'not all'} objects have a mask, the model predicts "
+    mask_reason = f"the objects have {'masks' if masks else 'boxes'}, the model predicts "
     mask_reason += "masks" if cfg.MODEL.MASK_ON else "boxes"
     return [
         Choice("MODEL.ROI_HEADS.NUM_CLASSES", len(train["categories"]), "classes with objects"),
@@ -62,7 +62,7 @@ def derive_recipe(
 
 
 def has_masks(coco: Coco) -> bool:
-    """Return whether each object, except crowds, has a segmentation."""
+    """Return whether the objects have masks: after :func:`read_dataset`, all or none have one."""
     objects = [a for a in coco["annotations"] if not a.get("iscrowd")]
     return bool(objects) and all(a.get("segmentation") for a in objects)
 

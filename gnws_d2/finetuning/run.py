@@ -24,6 +24,7 @@ def finetune(
     num_gpus: int = 1,
     patience: int = 0,
     resume: bool = False,
+    keep_going: bool = False,
     opts: Sequence[Any] = (),
 ) -> str:
     """
@@ -48,6 +49,7 @@ def finetune(
         patience: stop after this number of evaluations without a better AP; 0 for never.
         resume: continue the run in `output`, with its data and config. Only `num_gpus` and `opts`
             are used.
+        keep_going: leave out more than a tenth of the objects, if they cannot be used.
         opts: KEY VALUE pairs that override the derived config.
 
     Returns:
@@ -60,7 +62,8 @@ def finetune(
     if not resume:
         prepare(
             config_file, data=data, train=train, val=val, model=model, epochs=epochs,
-            batch_size=batch_size, num_gpus=num_gpus, patience=patience, opts=opts,
+            batch_size=batch_size, num_gpus=num_gpus, patience=patience, keep_going=keep_going,
+            opts=opts,
         )  # fmt: skip
     elif not os.path.isfile(config_file):
         raise UserError(f"--output {output} has no run to --resume: no finetune.yaml in it.")

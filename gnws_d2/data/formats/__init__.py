@@ -1,81 +1,184 @@
-"""Read datasets of common formats as COCO. The content of a directory tells the format."""
+"""
+Read a dataset of any common format as COCO, in four steps: find its files (:mod:`.tree` and the
+``find`` of each format), pair pictures with labels and splits (:mod:`.tree`, :mod:`.splits`), parse
+the labels (``parse`` of each format), check and settle the objects (:mod:`.settle`).
+"""
 
-import math
 import os
-import re
+from collections.abc import Sequence
 from typing import Any
 
 from ...utils.errors import UserError
-from . import coco, labelme, masks, voc, yolo
-from .dataset import Coco, complete_coco
+from . import coco, cvat, labelme, masks, unreadable, via, voc, yolo
+from .label import Label
+from .settle import Coco, Notes, settle
+from .splits import assign_splits
+from .tree import Tree, split_of_name
 
-__all__ = ["complete_coco", "read_dataset"]
+__all__ = ["Coco", "Notes", "read_coco_files", "read_dataset", "root_of"]
 
 _FORMATS: dict[str, Any] = {
     "COCO": coco,
-    "YOLO": yolo,
-    "Pascal VOC": voc,
+    "VIA": via,
+    "CVAT for images": cvat,
     "labelme": labelme,
+    "Pascal VOC": voc,
+    "YOLO": yolo,
     "masks": masks,
 }
 _EXPECTED = (
-    "COCO JSON (Roboflow, CVAT, FiftyOne), YOLO labels with a data.yaml, Pascal VOC XML, labelme "
-    "JSON, or a directory 'images' beside a directory 'masks'"
+    "COCO JSON (Roboflow, CVAT, FiftyOne), YOLO labels with the names of their classes, Pascal VOC "
+    "XML, labelme or VIA JSON, CVAT for images, or masks in a directory 'masks'"
 )
+_MANY = (coco, via, cvat)  # a file for many pictures
 
 
-def read_dataset(root: str) -> dict[str, Coco]:
+def read_dataset(data: str, notes: Notes | None = None, **options: Any) -> dict[str, Coco]:
     """
-    Read the dataset in a directory.
+    Read the dataset in a directory, or that of a ``data.yaml`` or annotation file.
+
+    Args:
+        data: the directory or file.
+        notes: gets what was repaired and left out.
+        options: see :func:`.settle`.
 
     Returns:
-        The content of a COCO file for each of "train" and "val", or for "all" if the dataset is
-        not split. ``file_name`` is relative to `root`, and masks are polygons or RLE. Names of
-        classes may differ in their ids between the splits.
+        The COCO dict of each of "train" and "val", or of "all" if the dataset is not split.
+        ``file_name`` is relative to :func:`root_of` the data, and masks are polygons or RLE.
 
     Raises:
         UserError: if the format is unknown or ambiguous, or names the file that cannot be used.
     """
-    if not os.path.isdir(root):
-        raise UserError(f"--data {root}: there is no such directory.")
-    files = [
-        os.path.relpath(os.path.join(directory, name), root)
-        for directory, directories, names in os.walk(root, followlinks=True)
-        for name in names
-        if not name.startswith(".")
-    ]
-    files.sort(key=_natural)
-    found = {name: own for name, format in _FORMATS.items() if (own := format.find(root, files))}
-    if "COCO" in found or "YOLO" in found:  # beside which others may lie as leftovers of a tool
-        found.pop("masks", None)
+    if not os.path.exists(data):
+        raise UserError(f"--data {data}: there is no such directory.")
+    tree = Tree(root_of(data))
+    name, own = _find_format(tree, data)
+    format, notes = _FORMATS[name], notes or Notes()
+    if format is masks:
+        labels = list(masks.parse_all(tree, own))
+    else:
+        labels = [label for file in own for label in format.parse(tree, file)]
+    labels = _pair(tree, labels, format, notes, options.get("skip_bad_images", False))
+    if format in _MANY and len(own) > 1:
+        for label in labels:
+            label.split = split_of_name(label.file)
+    labels = assign_splits(tree, labels)
+    if format in _MANY and any(label.split == "train" for label in labels):
+        for label in labels:  # of a file without a split, among files with one
+            label.split = "train" if label.split == "all" else label.split
+    return _join_splits(tree, settle(labels, tree.classes, notes, **options))
+
+
+def root_of(data: str) -> str:
+    """The directory of the dataset that is given by its directory or by a file in it."""
+    if os.path.isdir(data):
+        return data
+    directory = os.path.dirname(os.path.abspath(data))
+    is_for_labels = os.path.basename(directory).lower() in ("annotations", "labels")
+    return os.path.dirname(directory) if is_for_labels else directory
+
+
+def read_coco_files(
+    files: dict[str, Sequence[str]], notes: Notes | None = None, **options: Any
+) -> dict[str, Coco]:
+    """
+    Read COCO files, each with the directory of its images.
+
+    Args:
+        files: the annotation file and the image directory of each split.
+        notes, options: see :func:`read_dataset`.
+
+    Returns:
+        The COCO dict of each split. ``file_name`` is relative to the image directory.
+    """
+    labels: list[Label] = []
+    classes: dict[str, int] = {}
+    for split, (file, root) in files.items():
+        tree = Tree(root)
+        tree.classes = classes
+        own = list(coco.parse(tree, os.path.abspath(file)))
+        for label in _pair(
+            tree, own, coco, notes or Notes(), options.get("skip_bad_images", False)
+        ):
+            label.split = split
+            labels.append(label)
+    return settle(labels, classes, notes or Notes(), **options)
+
+
+def _find_format(tree: Tree, data: str) -> tuple[str, list[str]]:
+    given = None if os.path.isdir(data) else os.path.relpath(os.path.abspath(data), tree.root)
+    if given and given.lower().endswith(".json"):
+        tree.files = [f for f in tree.files if f == given or not f.lower().endswith(".json")]
+    elif given and not given.lower().endswith((".yaml", ".yml")):
+        raise UserError(f"--data {data} is neither a directory, nor a data.yaml, nor a JSON file.")
+    elif given:
+        tree.yamls = {given: tree.yamls.get(given, {})}
+    found = {name: own for name, format in _FORMATS.items() if (own := format.find(tree))}
+    for name in ("masks", "YOLO"):  # which may lie beside others as leftovers of a tool
+        if len(found) > 1:
+            found.pop(name, None)
     if not found:
-        kinds = sorted({os.path.splitext(file)[1] or file for file in files})
-        what = f"{len(files)} files ({', '.join(kinds[:8])})" if files else "no files"
-        raise UserError(f"--data {root} holds {what}, and none of {_EXPECTED}.")
+        unreadable.explain(tree)
+        kinds = sorted({os.path.splitext(file)[1] or file for file in tree.files})
+        what = f"{len(tree.files)} files ({', '.join(kinds[:8])})" if tree.files else "no files"
+        raise UserError(f"--data {data} holds {what}, and none of {_EXPECTED}.")
     if len(found) > 1:
         what = " and ".join(f"{name} ({own[0]})" for name, own in found.items())
-        raise UserError(f"--data {root} holds {what}: leave one of them, or use --train and --val.")
-    ((name, own),) = found.items()
-    return _join_splits(root, _FORMATS[name].read(root, files, own))
+        raise UserError(f"--data {data} holds {what}: leave one of them, or use --train and --val.")
+    return next(iter(found.items()))
 
 
-def _join_splits(root: str, splits: dict[str, Coco]) -> dict[str, Coco]:
-    if "train" not in splits:
-        if set(splits) != {"all"}:
+def _pair(
+    tree: Tree, labels: list[Label], format: Any, notes: Notes, skip_missing: bool
+) -> list[Label]:
+    """Find the picture of each label. Return the labels, with empty ones of other pictures."""
+    of_picture: dict[str, Label] = {}
+    orphans = []
+    for label in labels:
+        label.root = tree.root
+        if label.named is None and not label.stems:  # objects of no picture
+            orphans.append(label)
+            continue
+        # A file with absolute path is not in the tree: its pictures are below the root.
+        file = "" if os.path.isabs(label.file) else label.file
+        label.picture = tree.find_picture(file, label.named, label.stems)
+        if label.picture is None:
+            name = label.named or label.stems[0]
+            what = f"{tree.path(label.file)} has no picture: there is no {name} in {tree.root}."
+            if not skip_missing:
+                raise UserError(what)
+            notes.left_out["label without a picture"].append(what)
+        elif label.picture not in of_picture:
+            of_picture[label.picture] = label
+        elif (other := of_picture[label.picture]).file != label.file and format in _MANY:
+            other.objects += label.objects
+        else:
             raise UserError(
-                f"--data {root} has the splits {', '.join(splits)}: one of them has to be train, "
-                "or none is named."
+                f"{tree.path(label.file)} and {tree.path(other.file)} have labels of the same "
+                f"picture, {label.path}: remove one."
             )
-        return splits
-    if "all" in splits:
+    pictures = [p for p in tree.pictures if p not in of_picture] if format not in _MANY else []
+    # Others in a directory with labels show nothing of the classes, where formats say so.
+    with_labels = {os.path.dirname(p) for p in of_picture} if format in (yolo, masks) else set()
+    left = [p for p in pictures if os.path.dirname(p) not in with_labels]
+    if left:
+        notes.left_out["picture without a label"] += [tree.path(p) for p in left]
+    empty = [Label("", root=tree.root, picture=p) for p in pictures if p not in left]
+    return [*of_picture.values(), *empty, *orphans]
+
+
+def _join_splits(tree: Tree, splits: dict[str, Coco]) -> dict[str, Coco]:
+    if "train" not in splits and set(splits) != {"all"}:
         raise UserError(
-            f"--data {root}: {splits['all']['images'][0]['file_name']} is in no split, but others "
-            "are in train: put all into splits, or none."
+            f"--data {tree.root} has the splits {', '.join(splits) or 'none'}: one of them has to "
+            "be train, or none is named."
+        )
+    if "train" in splits and "all" in splits:
+        raise UserError(
+            f"--data {tree.root}: {splits['all']['images'][0]['file_name']} is in no split, but "
+            "others are in train: put all into splits, or none."
         )
     val = splits.get("val") or splits.get("test")
-    return {"train": splits["train"], "val": val} if val else {"all": splits["train"]}
-
-
-def _natural(name: str) -> list[Any]:
-    """Sort 2 before 10."""
-    return [(int(t), "") if t.isdigit() else (math.inf, t) for t in re.split(r"(\d+)", name)]
+    if "train" in splits:
+        return {"train": splits["train"], "val": val} if val else {"all": splits["train"]}
+    return splits

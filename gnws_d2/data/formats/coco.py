@@ -1,52 +1,89 @@
-"""COCO as exporters lay it out: a JSON file for each split, images anywhere beside or below it."""
+"""COCO: one JSON file for many pictures. Roboflow, CVAT, FiftyOne, VIA and others export it."""
 
-import os
 from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
 
 from ...utils.errors import UserError
-from ..check import read_coco_json
-from ..dataset_mapper import image_size
-from .dataset import Coco, complete_coco, is_image, read_json, split_of
+from ..check import boxes_are_corners, read_coco_json
+from .label import Label, Object, to_number
+from .tree import Tree
+
+_OF_OBJECTS = ("bbox", "segmentation")
 
 
-def find(root: str, files: list[str]) -> list[str]:
-    """Return the label files of this format among the files below `root`."""
+def find(tree: Tree) -> list[str]:
+    """Return the label files of this format."""
     found = []
-    for file in (f for f in files if f.lower().endswith(".json")):
-        content = read_json(root, file)
-        if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
-            found.append(file)
-    return found
+    for file, content in tree.jsons.items():
+        if isinstance(content, dict) and "images" in content and _has_objects(content):
+            found.append((file, any("keypoints" in c for c in content.get("categories") or [])))
+    # COCO's own annotations have the same people with and without keypoints.
+    return [f for f, keypoints in found if not keypoints] or [f for f, _ in found]
 
 
-def read(root: str, files: list[str], own: list[str]) -> dict[str, Coco]:
-    """See :func:`.read_dataset`; `own` are the files that :func:`find` returns."""
-    by_name = defaultdict(list)
-    for file in filter(is_image, files):
-        by_name[os.path.basename(file)].append(file)
-    splits: dict[str, Coco] = {}
-    for json_file in own:
-        split = split_of(json_file) if len(own) > 1 else "all"
-        if split in splits or (split == "all" and len(own) > 1):
+def _has_objects(content: dict[str, Any]) -> bool:
+    """Whether there are objects, and not captions or panoptic segments."""
+    annotations = content.get("annotations")
+    if not annotations or not isinstance(annotations, list):
+        return annotations == [] and bool(content.get("categories"))
+    kinds = ("caption", "segments_info")
+    return not any(k in a for a in annotations[:1] if isinstance(a, dict) for k in kinds)
+
+
+def parse(tree: Tree, file: str) -> Iterator[Label]:
+    """Read the labels of a file, with the classes of the dataset in ``tree.classes``."""
+    coco = read_coco_json(tree.path(file))
+    names = _read_classes(tree, file, coco)
+    if boxes_are_corners(coco) and not any(a.get("segmentation") for a in coco["annotations"]):
+        raise UserError(
+            f"{tree.path(file)}: the boxes seem to be x1, y1, x2, y2, as none would be over the "
+            "edge of its picture: convert them to COCO's x, y, width, height."
+        )
+    objects: dict[Any, list[Object]] = defaultdict(list)
+    for annotation in coco.pop("annotations"):
+        where = f"{tree.path(file)}, annotation id {annotation.get('id')!r}"
+        category = _id(annotation.get("category_id"))
+        object = Object(
+            where, names.get(category, ""), annotation.get("bbox"), annotation.get("segmentation"),
+            annotation.get("area"), annotation.get("iscrowd") in (1, "1"),
+        )  # fmt: skip
+        if isinstance(annotation.get("image_id"), str):
+            object.repairs += ("image_id that was a string",)
+        if category not in names:
+            object.fault = f"its category_id is not a category: {annotation.get('category_id')!r}"
+        objects[_id(annotation.get("image_id"))].append(object)
+    seen = set()
+    for image in coco["images"]:
+        number, name = _id(image.get("id")), image.get("file_name")
+        what = f"{tree.path(file)}: the image with id {image.get('id')!r}"
+        if number is None or number in seen or not isinstance(name, str) or not name:
+            raise UserError(f"{what} has no id, the id of another one, or no file_name.")
+        seen.add(number)
+        size = (image.get("width"), image.get("height"))
+        yield Label(file, name, (), size, objects.pop(number, []))
+    for left in objects.values():
+        for object in left:
+            object.fault = object.fault or "its image_id is not that of an image"
+        yield Label(file, objects=left)
+
+
+def _id(value: Any) -> Any:
+    """Return an id, as a number where it is one in a string."""
+    number = to_number(value)
+    return value if number is None and isinstance(value, str) else number
+
+
+def _read_classes(tree: Tree, file: str, coco: dict[str, Any]) -> dict[Any, str]:
+    names: dict[Any, str] = {}
+    for category in coco["categories"]:
+        number, name = _id(category.get("id")), category.get("name")
+        if number is None or number in names or not str(name or "").isprintable() or not name:
             raise UserError(
-                f"--data {root} holds the annotation files {', '.join(own)}: name one train and "
-                "one val, or use --train and --val."
+                f"{tree.path(file)}: the category {category!r} has no id, the id of another one, "
+                "or no name."
             )
-        coco = read_coco_json(os.path.join(root, json_file))
-        for image in coco["images"]:
-            name = os.path.normpath(str(image.get("file_name")).replace("\\", "/"))
-            near = by_name[os.path.basename(name)]
-            candidates = [f for f in near if f == name or f.endswith(os.sep + name)] or near
-            directory = os.path.dirname(json_file)
-            beside = [f for f in candidates if directory and f.startswith(directory + os.sep)]
-            beside = beside or [f for f in candidates if split_of(f) in (split, "all")]
-            candidates = beside or candidates
-            if len(candidates) != 1:
-                what = f"{len(candidates)} files called that" if candidates else "no such image"
-                raise UserError(f"{json_file} names {name}, but there is {what} in {root}.")
-            (image["file_name"],) = candidates
-            if not {"width", "height"} <= image.keys():
-                size = image_size(os.path.join(root, candidates[0]))
-                image["width"], image["height"] = size
-        splits[split] = complete_coco(coco)
-    return splits
+        names[number] = str(name)
+        if isinstance(number, float) and number not in tree.classes.values():
+            tree.classes.setdefault(names[number], int(number))
+    return names

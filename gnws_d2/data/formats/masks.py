@@ -1,79 +1,79 @@
 """
-Masks: ``images/a.jpg`` with ``masks/a.png`` of instance numbers, or with a mask for each object in
-``masks/a/`` or ``masks/a_*.png``; or ``a/images/a.png`` with ``a/masks/*.png``.
+Masks: an image for each picture, with a number or color for each object, or with all objects in one
+value; or an image for each object, in a directory of the picture's name or with its name in front.
 """
 
-import os
+import logging
+import re
 from collections import defaultdict
-from pathlib import Path
-from typing import Any
-
-import cv2
-import numpy as np
+from collections.abc import Iterator
 
 from ...utils.errors import UserError
-from .dataset import Coco, Dataset, encode_mask, is_image, split_of
+from .label import Label, Object
+from .mask_files import Reading, read_class_names, read_objects, read_values
+from .tree import MASK_DIRECTORY, MASK_STEM, Tree, map_files, stem
 
-_ONE_CLASS = "object"  # masks have no names
-
-
-def find(root: str, files: list[str]) -> list[str]:
-    """Return the label files of this format among the files below `root`."""
-    return [f for f in filter(is_image, files) if "masks" in Path(f).parts[:-1]]
+_VOID = 255  # beside numbers
 
 
-def read(root: str, files: list[str], own: list[str]) -> dict[str, Coco]:
-    """See :func:`.read_dataset`; `own` are the files that :func:`find` returns."""
-    dataset = Dataset(root, [_ONE_CLASS])
-    masks: dict[str, list[str]] = defaultdict(list)
-    for file in own:
-        masks[os.path.dirname(file)].append(file)
-    pictures = [f for f in filter(is_image, files) if "images" in Path(f).parts[:-1]]
-    num_beside: dict[str, int] = defaultdict(int)
-    for file in pictures:
-        num_beside[os.path.dirname(file)] += 1
-    used = set()
-    for file in pictures:
-        directory, stem = os.path.dirname(file), os.path.splitext(os.path.basename(file))[0]
-        parts = list(Path(directory).parts)
-        parts[len(parts) - 1 - parts[::-1].index("images")] = "masks"
-        beside = os.path.join(*parts)
-        of_image = masks.get(os.path.join(beside, stem), [])
-        if not of_image:
-            names = {f: os.path.splitext(os.path.basename(f))[0] for f in masks.get(beside, [])}
-            of_image = [f for f, name in names.items() if name == stem]
-            of_image = of_image or [f for f, n in names.items() if n.startswith(f"{stem}_")]
-            if not of_image and num_beside[directory] == 1:
-                of_image = list(names)
-        if not of_image:
-            raise UserError(
-                f"{os.path.join(root, file)} has no mask: there is neither {beside}/{stem}.png nor "
-                f"{beside}/{stem}/*.png."
-            )
-        used.update(of_image)
-        split = split_of(directory)
-        image = dataset.add_image(file, split)
-        for mask_file in of_image:
-            for rle in _read_instances(os.path.join(root, mask_file), image, len(of_image) > 1):
-                dataset.add_object(split, image, _ONE_CLASS, segmentation=rle)
-    if left := sorted(set(own) - used):
-        raise UserError(f"{os.path.join(root, left[0])} is the mask of no image.")
-    return dataset.finish()
+def find(tree: Tree) -> list[str]:
+    """Return the label files of this format."""
+    if any("segmentationobject" in f.lower() for f in tree.masks):  # beside the same by class
+        return [f for f in tree.masks if "segmentationclass" not in f.lower()]
+    return tree.masks
 
 
-def _read_instances(path: str, image: dict[str, Any], is_one: bool) -> list[dict[str, Any]]:
-    """Return the RLE of each object in a mask; with `is_one` of all that is not 0."""
-    mask = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
-    size = (image["height"], image["width"])
-    if mask is None or mask.shape[:2] != size:
-        shape = "no image" if mask is None else f"of {mask.shape[1]}x{mask.shape[0]}"
-        raise UserError(f"The mask {path} is {shape}, but its image of {size[1]}x{size[0]}.")
-    if mask.ndim == 3:  # a color for each object; alpha is none
-        mask = mask[:, :, :3].astype(np.int64) @ [1, 256, 65536]
-    numbers = [n for n in np.unique(mask) if n != 0]
-    if is_one:
-        return [encode_mask(mask != 0)] if numbers else []
-    if len(numbers) == 1:  # not numbers, but foreground: its separate parts are the objects
-        _, mask = cv2.connectedComponents((mask != 0).astype(np.uint8))
-        numbers = list(range(1, mask.max() + 1))
-    return [encode_mask(mask == number) for number in numbers]
+def parse_all(tree: Tree, files: list[str]) -> Iterator[Label]:
+    """Read the labels of all pictures, with one meaning of the values in all masks."""
+    of_picture: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        of_picture[tree.find_picture(file, None, _stems(file)) or file].append(file)
+    is_one = {f: len(own) > 1 or _is_part(f, p) for p, own in of_picture.items() for f in own}
+    paths = [tree.path(file) for file in files]
+    values = dict(zip(files, map_files(read_values, paths, "Reading masks")))
+    whole = {f: v for f, v in values.items() if not is_one[f]}
+    blurred = any(v.is_blurred for v in values.values())
+    if bad := [f for f, v in values.items() if blurred and not v.is_two_valued]:
+        raise UserError(
+            f"{tree.path(bad[0])} has values that compression or resizing has changed, so that its "
+            "objects cannot be told apart: save masks as PNG, without smoothing."
+        )
+    numbers = {n for v in whole.values() for n in v.numbers}
+    if _VOID in numbers and 0 < max(numbers - {_VOID}, default=0) < 200:
+        numbers.discard(_VOID)
+    by_class = "segmentationclass" in files[0].lower()
+    several = any(len(v.numbers) > 1 for v in whole.values()) or len(numbers) > 1
+    reading = Reading(blurred, several and not blurred, by_class, numbers, read_class_names(tree))
+    jobs = [(path, is_one[file], reading) for file, path in zip(files, paths)]
+    found = dict(zip(files, map_files(read_objects, jobs, "Reading objects of masks")))
+    if reading.numbers and not by_class and any(apart for _, apart in found.values()):
+        logging.getLogger(__name__).warning(
+            f"--data {tree.root}: some values of the masks have separate parts. The values are "
+            "read as numbers of objects; masks with numbers of classes need a file for each object."
+        )
+    for own in of_picture.values():
+        label = Label(own[0], None, _stems(own[0]), values[own[0]].size)
+        for file in own:
+            for name, rle in found[file][0]:
+                label.objects.append(Object(tree.path(file), name, segmentation=rle))
+        yield label
+
+
+def _stems(file: str) -> tuple[str, ...]:
+    """The names that the picture of a mask may have, the likeliest first."""
+    name, directories = stem(file), file.split("/")[:-1]
+    stems = [name]
+    if match := re.fullmatch(MASK_STEM, name, re.I):
+        stems.append(match[1])
+    while match := re.fullmatch(r"(.+)[_-][^_-]*", stems[-1]):
+        stems.append(match[1])
+    above = [d for d in reversed(directories) if not re.fullmatch(MASK_DIRECTORY, d.lower())]
+    in_own = directories and above and above[0] == directories[-1]  # masks/a/0.png
+    return (above[0], *stems, *above[1:]) if in_own else (*stems, *above)
+
+
+def _is_part(file: str, picture: str) -> bool:
+    """Whether a mask has another name than its picture, so that it is one object of several."""
+    name, own = stem(file).lower(), stem(picture).lower()
+    match = re.fullmatch(MASK_STEM, name)
+    return own not in (name, match and match[1])

@@ -1,50 +1,48 @@
-"""Pascal VOC: an XML file for each image, with boxes whose pixels count from 1."""
+"""Pascal VOC: an XML file for each picture, with boxes whose pixels count from 1."""
 
-import os
-from pathlib import Path
+import re
+from collections.abc import Iterator
 from xml.etree import ElementTree
 
 from ...utils.errors import UserError
-from .dataset import Coco, Dataset, is_image, split_of
+from .label import Label, Object, to_number
+from .tree import Tree, stem
+
+_TRUE = ("1", "true", "yes")
 
 
-def find(root: str, files: list[str]) -> list[str]:
-    """Return the label files of this format among the files below `root`."""
-    return [f for f in files if f.endswith(".xml") and b"<annotation" in _head(root, f)]
+def find(tree: Tree) -> list[str]:
+    """Return the label files of this format."""
+    files = tree.with_suffix(".xml")
+    return [f for f in files if re.search(rb"<annotation[\s>]", tree.head(f))]
 
 
-def _head(root: str, file: str) -> bytes:
-    with open(os.path.join(root, file), "rb") as f:
-        return f.read(1000)
-
-
-def read(root: str, files: list[str], own: list[str]) -> dict[str, Coco]:
-    """See :func:`.read_dataset`; `own` are the files that :func:`find` returns."""
-    listed = {
-        name: split
-        for split in ("train", "val", "test")
-        for file in files
-        if file.endswith(f"ImageSets/Main/{split}.txt")
-        for name in Path(root, file).read_text().split()
-    }
-    images = {os.path.splitext(os.path.basename(f))[0]: f for f in filter(is_image, files)}
-    dataset = Dataset(root)
-    for file in own:
-        path, stem = os.path.join(root, file), os.path.splitext(os.path.basename(file))[0]
-        if stem not in images:
-            raise UserError(f"{path} has no image: there is no {stem}.jpg or so in {root}.")
-        split = listed.get(stem, "test") if listed else split_of(os.path.dirname(file))
-        image = dataset.add_image(images[stem], split)
-        try:
-            for item in ElementTree.parse(path).iter("object"):
-                x1, y1, x2, y2 = (
-                    float(item.findtext(f"bndbox/{key}") or "")
-                    for key in ("xmin", "ymin", "xmax", "ymax")
-                )
-                box = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
-                crowd = int(item.findtext("difficult") or 0)
-                name = item.findtext("name") or ""
-                dataset.add_object(split, image, name, bbox=box, iscrowd=crowd)
-        except (ElementTree.ParseError, ValueError) as e:
-            raise UserError(f"{path} is not a Pascal VOC annotation: {e}.") from e
-    return dataset.finish()
+def parse(tree: Tree, file: str) -> Iterator[Label]:
+    """Read the label of a picture."""
+    try:
+        root = ElementTree.parse(tree.path(file)).getroot()
+    except (ElementTree.ParseError, ValueError, LookupError) as e:
+        raise UserError(f"{tree.path(file)} is not valid XML: {e}.") from e
+    label = Label(file, (root.findtext("filename") or "").strip(), (stem(file),))
+    label.size = [root.findtext(f"size/{key}") for key in ("width", "height")]
+    for number, item in enumerate(root.iter("object"), 1):
+        object = Object(
+            f"{tree.path(file)}, object {number}", (item.findtext("name") or "").strip()
+        )
+        object.crowd = (item.findtext("difficult") or "").strip().lower() in _TRUE
+        corners = [item.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
+        values = [to_number(corner) for corner in corners]
+        if None not in values:
+            x1, y1, x2, y2 = (v or 0.0 for v in values)
+            object.box = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
+        points = [to_number(node.text) for node in item.findall("polygon/*")]
+        points = points or [to_number(node.text) for node in item.findall("polygon/pt/*")]
+        if points and None not in points:
+            object.segmentation = [[v or 0.0 for v in points]]
+        if not object.name:
+            object.fault = "it has no name"
+        elif object.box is None and not object.segmentation:
+            what = "rotated box" if item.find("robndbox") is not None else "box"
+            object.fault = f"it has a {what} without xmin, ymin, xmax and ymax: {corners}"
+        label.objects.append(object)
+    yield label

@@ -1,84 +1,72 @@
 """
-YOLO: ``labels/a.txt`` for ``images/a.jpg``, with a class and a box or polygon in each line, from 0
-to 1, and the names of the classes in a ``data.yaml``.
+YOLO: a text file for each picture, with a class number and a box or polygon in each line, from 0 to
+1.
 """
 
+import math
 import os
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Iterator
 
-import numpy as np
-import yaml
-
-from ...utils.errors import UserError
-from .dataset import Coco, Dataset, is_image, split_of
+from .label import Label, Object, to_number
+from .tree import Tree, read_text, stem
+from .yolo_data import NAME_FILES, find_data_file, read_classes
 
 
-def find(root: str, files: list[str]) -> list[str]:
-    """Return the label files of this format among the files below `root`."""
-    return [f for f in files if f.endswith(".txt") and "labels" in Path(f).parts[:-1]]
-
-
-def read(root: str, files: list[str], own: list[str]) -> dict[str, Coco]:
-    """See :func:`.read_dataset`; `own` are the files that :func:`find` returns."""
-    dataset = Dataset(root, _yolo_classes(root, files))
-    labels = {os.path.splitext(file)[0]: file for file in own}
-    for file in filter(is_image, files):
-        if "images" not in Path(file).parts[:-1]:
+def find(tree: Tree) -> list[str]:
+    """Return the label files of this format: those that begin with a class and coordinates."""
+    found = []
+    stems = {stem(picture).lower() for picture in tree.pictures}
+    for file in (f for f in tree.files if f.lower().endswith(".txt")):
+        in_labels = "labels" in file.lower().split("/")[:-1]
+        if os.path.basename(file).lower() in NAME_FILES or not (
+            in_labels or stem(file).lower() in stems
+        ):
             continue
-        parts = list(Path(os.path.splitext(file)[0]).parts)
-        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
-        split = split_of(os.path.dirname(file))
-        image = dataset.add_image(file, split)
-        label = labels.pop(os.path.join(*parts), None)  # none: a picture without objects
-        lines = Path(root, label).read_text().splitlines() if label else []
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                where = f"{os.path.join(root, label or '')}, line {number}"
-                _add_yolo_object(dataset, split, image, line, where)
-    if labels:
-        label = next(iter(labels.values()))
-        raise UserError(
-            f"{os.path.join(root, label)} has no image: the image of labels/NAME.txt is "
-            "images/NAME.jpg."
-        )
-    return dataset.finish()
+        first = _split(read_text(tree.path(file)).strip().partition("\n")[0])
+        if not first or sum(to_number(v) is not None for v in first[:5]) >= 4:
+            found.append(file)
+    return found if any(os.path.getsize(tree.path(f)) for f in found) else []
 
 
-def _yolo_classes(root: str, files: list[str]) -> list[str]:
-    for file in files:
-        if file.endswith((".yaml", ".yml")):
-            try:
-                content = yaml.safe_load(Path(root, file).read_text())
-            except (ValueError, yaml.YAMLError) as e:
-                raise UserError(f"{os.path.join(root, file)} is not valid YAML: {e}") from e
-            names = content.get("names") if isinstance(content, dict) else None
-            if isinstance(names, dict):
-                names = [names[key] for key in sorted(names, key=int)]
-            if names:
-                return list(map(str, names))
-    for name in ("classes.txt", "obj.names"):
-        if name in files:
-            return [c for c in Path(root, name).read_text().splitlines() if c.strip()]
-    raise UserError(f"--data {root} has YOLO labels, but no data.yaml with the 'names' of classes.")
+def _split(line: str) -> list[str]:
+    return re.split(r"[\s,;]+", line.strip()) if line.strip() else []
 
 
-def _add_yolo_object(
-    dataset: Dataset, split: str, image: dict[str, Any], line: str, where: str
-) -> None:
-    try:
-        number, *values = map(float, line.split())
-        name = dataset.classes[int(number)]
-    except (ValueError, IndexError):
-        raise UserError(
-            f"{where}: {line!r} is not the number of a class and coordinates from 0 to 1."
-        ) from None
-    scale = np.array([image["width"], image["height"]])
+def parse(tree: Tree, file: str) -> Iterator[Label]:
+    """Read the label of a picture, with the classes of the dataset in ``tree.classes``."""
+    tree.classes = tree.classes or read_classes(tree)
+    names = {number - 1: name for name, number in tree.classes.items()}
+    keypoints = math.prod(find_data_file(tree)[1].get("kpt_shape") or [0])
+    objects = [
+        _parse_line(_split(line), names, keypoints, f"{tree.path(file)}, line {number}")
+        for number, line in enumerate(read_text(tree.path(file)).splitlines(), 1)
+        if line.strip()
+    ]
+    yield Label(file, stems=(stem(file),), objects=objects)
+
+
+def _parse_line(words: list[str], names: dict[int, str], keypoints: int, where: str) -> Object:
+    numbers = [to_number(word) for word in words]
+    object = Object(where, "", relative=True)
+    if numbers[0] is None or None in numbers or numbers[0] not in names:
+        what = "has a value that is not a number" if None in numbers else "is not of a known class"
+        object.fault = f"it {what}: {' '.join(words)[:80]!r}"
+        return object
+    object.name, values = names[int(numbers[0])], [v or 0.0 for v in numbers[1:]]
+    if len(values) in (5, 4 + keypoints, 5 + keypoints):
+        values = values[:4]  # with keypoints, or with a confidence behind the box
     if len(values) == 4:
-        center, size = np.reshape(values, (2, 2)) * scale
-        dataset.add_object(split, image, name, bbox=[*(center - size / 2), *size])
-    elif len(values) >= 6 and len(values) % 2 == 0:
-        polygon = np.reshape(values, (-1, 2)) * scale
-        dataset.add_object(split, image, name, segmentation=[polygon.ravel().tolist()])
+        x, y, w, h = values
+        object.box = [x - w / 2, y - h / 2, w, h]
+        outside = not (0 < w <= 1.01 and 0 < h <= 1.01 and 0 <= x <= 1 and 0 <= y <= 1)
     else:
-        raise UserError(f"{where}: {len(values)} coordinates are neither a box (4) nor a polygon.")
+        object.segmentation = [values]
+        outside = not all(-0.01 <= v <= 1.01 for v in values)
+    if outside:
+        object.fault = f"its coordinates are not from 0 to 1: {' '.join(words)[:80]!r}"
+    elif len(values) != 4 and (len(values) < 6 or len(values) % 2):
+        object.fault = (
+            f"its coordinates are neither a box (4) nor a polygon: there are {len(values)}"
+        )
+    return object

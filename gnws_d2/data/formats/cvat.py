@@ -1,0 +1,80 @@
+"""CVAT for images 1.1: one XML file for many pictures."""
+
+from collections.abc import Iterator
+from xml.etree import ElementTree
+
+import numpy as np
+
+from ...utils.errors import UserError
+from .label import Label, Object, box_of, ellipse, encode_mask, to_number, to_numbers
+from .tree import Tree
+
+_REGIONS = ("box", "polygon", "mask", "ellipse")
+_OTHERS = ("polyline", "points", "cuboid", "skeleton")
+
+
+def find(tree: Tree) -> list[str]:
+    """Return the label files of this format."""
+    return [f for f in tree.with_suffix(".xml") if b"<annotations" in tree.head(f)]
+
+
+def parse(tree: Tree, file: str) -> Iterator[Label]:
+    """Read the labels of a file."""
+    try:
+        root = ElementTree.parse(tree.path(file)).getroot()
+    except (ElementTree.ParseError, ValueError, LookupError) as e:
+        raise UserError(f"{tree.path(file)} is not valid XML: {e}.") from e
+    if root.find("track") is not None:
+        raise UserError(f"{tree.path(file)} is CVAT for video: export it as CVAT for images 1.1.")
+    for image in root.iter("image"):
+        name, size = image.get("name", ""), (image.get("width"), image.get("height"))
+        label = Label(file, name, (), size)
+        for number, item in enumerate((i for i in image if i.tag in _REGIONS + _OTHERS), 1):
+            where = f"{tree.path(file)}, {name}, {item.tag} {number}"
+            object = Object(where, item.get("label", ""))
+            try:
+                _read_shape(object, item, size)
+            except (TypeError, ValueError) as e:
+                object.fault = f"it cannot be used: {e}"
+            label.objects.append(object)
+        yield label
+
+
+def _read_shape(object: Object, item: ElementTree.Element, size: tuple) -> None:
+    if item.tag in _OTHERS:
+        raise ValueError(f"a {item.tag} is not a region")
+    if item.tag == "polygon":
+        points = to_numbers(item.get("points", "").replace(";", ",").split(","))
+        object.segmentation = [points] if points else None
+    elif item.tag == "mask":
+        object.segmentation = encode_mask(_read_mask(item, int(size[1]), int(size[0])))
+    elif item.tag == "ellipse":
+        values = to_numbers([item.get(key) for key in ("cx", "cy", "rx", "ry")])
+        if values:
+            turn = np.deg2rad(to_number(item.get("rotation")) or 0)
+            object.segmentation = [ellipse(values[:2], values[2], values[3], float(turn))]
+    else:
+        values = to_numbers([item.get(key) for key in ("xtl", "ytl", "xbr", "ybr")])
+        if values and not to_number(item.get("rotation")):
+            object.box, object.rectangle = box_of(*values), True
+        elif values:
+            object.segmentation = [_turn(box_of(*values), float(item.get("rotation", 0)))]
+    if object.box is None and object.segmentation is None:
+        raise ValueError("it has values that are not numbers")
+
+
+def _turn(box: list[float], degrees: float) -> list[float]:
+    x, y, w, h = box
+    cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    corners = np.array([[-w, -h], [w, -h], [w, h], [-w, h]]) / 2 @ [[cos, sin], [-sin, cos]]
+    return (corners + (x + w / 2, y + h / 2)).ravel().tolist()
+
+
+def _read_mask(item: ElementTree.Element, height: int, width: int) -> np.ndarray:
+    """Decode an RLE by rows of a box: the lengths of runs of 0 and 1 in turns."""
+    left, top, w, h = (int(item.get(key, "")) for key in ("left", "top", "width", "height"))
+    runs = [int(run) for run in item.get("rle", "").split(",")]
+    flat = np.repeat(np.arange(len(runs)) % 2, runs).astype(np.uint8)
+    full = np.zeros((height, width), np.uint8)
+    full[top : top + h, left : left + w] = flat.reshape(h, w)
+    return full

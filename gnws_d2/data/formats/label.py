@@ -1,0 +1,130 @@
+"""What a label file says about a picture."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import cv2
+import numpy as np
+import pycocotools.mask as mask_util
+
+
+@dataclass(slots=True)
+class Object:
+    """
+    An object of a picture, as its label file has it.
+
+    Attributes:
+        where: its file, and line or id, for messages.
+        name: its class.
+        box: x, y, width and height.
+        segmentation: polygons or RLE, as in COCO.
+        area: as the label gives it.
+        crowd: whether it is COCO's ``iscrowd`` or Pascal VOC's ``difficult``.
+        rectangle: whether it was drawn as a rectangle, which then is its outline, too.
+        relative: whether the coordinates are from 0 to 1.
+        fault: why it cannot be used, if it cannot.
+        repairs: what was repaired in it.
+    """
+
+    where: str
+    name: str
+    box: Any = None
+    segmentation: Any = None
+    area: Any = None
+    crowd: bool = False
+    rectangle: bool = False
+    relative: bool = False
+    fault: str = ""
+    repairs: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Label:
+    """
+    The objects of one picture in a label file.
+
+    Attributes:
+        file: the label file, relative to the root of the dataset.
+        named: the path of the picture in the label file.
+        stems: the names without suffix that the picture may have.
+        size: width and height of the picture in the label file.
+        objects: a list of :class:`Object`.
+        root: the directory of the dataset.
+        picture: the file of the picture, relative to `root`, once it is found.
+        split: "train", "val", "test" or "all".
+    """
+
+    file: str
+    named: str | None = None
+    stems: tuple[str, ...] = ()
+    size: Any = None
+    objects: list[Object] = field(default_factory=list)
+    root: str = ""
+    picture: str | None = None
+    split: str = "all"
+
+    @property
+    def path(self) -> str:
+        """The path of the picture."""
+        return os.path.join(self.root, self.picture or "")
+
+
+def to_number(value: Any) -> float | None:
+    """Return a finite number, also one in a string, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def to_numbers(values: Any) -> list[float] | None:
+    """Return a list of finite numbers, or None for anything else."""
+    if not isinstance(values, (list, tuple)):
+        return None
+    numbers = [to_number(value) for value in values]
+    return None if None in numbers else numbers  # type: ignore[return-value]
+
+
+def corners_of(box: Any) -> list[float]:
+    """Return the polygon of a box of x, y, width and height."""
+    x, y, w, h = box
+    return [x, y, x + w, y, x + w, y + h, x, y + h]
+
+
+def box_of(x1: float, y1: float, x2: float, y2: float) -> list[float]:
+    """Return the box of two opposite corners."""
+    return [min(x1, x2), min(y1, y2), abs(x2 - x1), abs(y2 - y1)]
+
+
+def ellipse(center: Sequence[float], rx: float, ry: float, angle: float = 0) -> list[float]:
+    """Return a polygon of 32 points for an ellipse that is turned by `angle` radians."""
+    angles = np.linspace(0, 2 * np.pi, 32, endpoint=False)
+    points = np.stack([rx * np.cos(angles), ry * np.sin(angles)])
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    return ((turn @ points).T + center).ravel().tolist()
+
+
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """Return the RLE of a mask, (H, W)."""
+    rle = mask_util.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": rle["size"], "counts": rle["counts"].decode()}
+
+
+def encode_parts(mask: np.ndarray) -> list[dict[str, Any]]:
+    """Return the RLE of each connected part of a mask, (H, W)."""
+    count, parts = cv2.connectedComponents(mask.astype(np.uint8))
+    return [encode_mask(parts == number) for number in range(1, count)]
+
+
+def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """Return the RLE of polygons or of an RLE with a list of counts."""
+    rle = segmentation
+    if isinstance(segmentation, list) or isinstance(segmentation["counts"], list):
+        rle = mask_util.frPyObjects(segmentation, height, width)
+    return mask_util.merge(rle) if isinstance(rle, list) else rle

@@ -1,0 +1,157 @@
+"""The content of mask files: their values, and the objects that these are."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ...utils.errors import UserError
+from .label import encode_mask, encode_parts
+from .tree import Tree, read_text
+
+_ONE_CLASS = "object"  # masks have no names
+_VOC_CLASSES = (
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+    "person pottedplant sheep sofa train tvmonitor"
+).split()
+_NEAR = 32  # values of a compressed mask that are taken for 0, or for the highest
+
+
+class Values(NamedTuple):
+    """
+    The values of a mask.
+
+    Attributes:
+        numbers: those other than 0, at most 1,000.
+        is_blurred: whether compression or resizing has changed them.
+        is_two_valued: whether nearly all are near 0 or near the highest.
+        size: width and height.
+    """
+
+    numbers: tuple[int, ...]
+    is_blurred: bool
+    is_two_valued: bool
+    size: tuple[int, int]
+
+
+class Reading(NamedTuple):
+    """
+    The meaning of the values in all masks of a dataset.
+
+    Attributes:
+        blurred: whether all above half of the highest is an object.
+        numbers: whether each value is an object, or else each connected part.
+        by_class: whether each value is a class.
+        known: the values that are objects; others are void.
+        class_names: of colors.
+    """
+
+    blurred: bool
+    numbers: bool
+    by_class: bool
+    known: set[int]
+    class_names: dict[tuple[int, ...], str]
+
+
+def _decode(path: str, colors: bool = False) -> np.ndarray:
+    """Return the values, (H, W), of the palette if there is one; of colors R + 256 G + 65536 B."""
+    mode = "RGB" if colors else None
+    try:
+        with Image.open(path) as image:
+            if mode is None and image.mode in ("RGBA", "LA", "CMYK"):
+                mode = "L" if image.mode == "LA" else "RGB"
+            values = np.asarray(image.convert(mode) if mode else image)
+    except Exception as e:  # Pillow raises errors of all types for damaged files
+        raise UserError(f"The mask {path} cannot be read: {e}.") from e
+    if values.dtype == bool:
+        return values.astype(np.uint8)
+    if values.ndim == 3 and not colors:
+        if (values == values[:, :, :1]).all():
+            return values[:, :, 0]
+        return values.astype(np.int64) @ [1, 256, 65536]
+    return values if values.dtype == np.uint8 else values.astype(np.int64)
+
+
+def read_values(path: str) -> Values:
+    """
+    Return the values of a mask.
+
+    Raises:
+        UserError: if the file is not an image.
+    """
+    mask = _decode(path)
+    size = (mask.shape[1], mask.shape[0])
+    if mask.dtype != np.uint8:
+        numbers = tuple(np.unique(mask)[:1001].tolist())
+        return Values(tuple(n for n in numbers if n), False, True, size)
+    counts = np.bincount(mask.ravel(), minlength=256)
+    highest = int(counts.nonzero()[0][-1])
+    between = counts[_NEAR : max(highest - _NEAR, _NEAR)]
+    bright = int(counts[max(highest - _NEAR, 1) :].sum())
+    is_two_valued = not highest or (highest >= 128 and int(between.sum()) < 0.5 * bright)
+    is_jpeg = path.lower().endswith((".jpg", ".jpeg"))
+    is_blurred = is_jpeg or (is_two_valued and int((between > 0).sum()) > 3)
+    numbers = tuple((counts[1:].nonzero()[0] + 1).tolist())
+    return Values(numbers, is_blurred, is_two_valued or (highest < 128 and not is_jpeg), size)
+
+
+def read_objects(job: tuple[str, bool, Reading]) -> tuple[list[tuple[str, Any]], bool]:
+    """
+    Args:
+        job: the path of a mask, whether it is one object, and the meaning of the values.
+
+    Returns:
+        The class and the RLE of each object, and whether a value has several separate parts.
+    """
+    path, is_one, reading = job
+    mask = _decode(path)
+    if reading.blurred:
+        mask = (mask > mask.max() / 2).astype(np.uint8)
+    if is_one:
+        return [(_ONE_CLASS, encode_mask(mask != 0))] if mask.any() else [], False
+    if not reading.numbers and not reading.by_class:
+        return [(_ONE_CLASS, rle) for rle in encode_parts(mask != 0)], False
+    classes = _decode_classes(path, reading)
+    objects, apart = [], False
+    for number in (
+        np.unique(mask) if mask.dtype != np.uint8 else np.bincount(mask.ravel()).nonzero()[0]
+    ):
+        if number not in reading.known:
+            continue
+        own = mask == number
+        name = _ONE_CLASS
+        if classes is not None:
+            colors, counts = np.unique(classes[own], axis=0, return_counts=True)
+            color = tuple(colors[counts.argmax()].tolist())
+            name = reading.class_names.get(color, "class " + "-".join(map(str, color)))
+        parts = encode_parts(own)
+        apart = apart or len(parts) > 1
+        rles = parts if reading.by_class else [encode_mask(own)]
+        objects += [(name, rle) for rle in rles if name != "background"]
+    return objects, apart
+
+
+def _decode_classes(path: str, reading: Reading) -> np.ndarray | None:
+    """Return the colors of classes, (H, W, 3), of a mask in Pascal VOC's layout."""
+    directory = "SegmentationObject"
+    if reading.by_class:
+        return _decode(path, True)
+    return (
+        _decode(path.replace(directory, "SegmentationClass"), True) if directory in path else None
+    )
+
+
+def read_class_names(tree: Tree) -> dict[tuple[int, ...], str]:
+    """Return the names of classes by color, of labelmap.txt, or else Pascal VOC's."""
+    names = {}
+    for file in (f for f in tree.files if f.lower().endswith("labelmap.txt")):
+        for line in read_text(tree.path(file)).splitlines():
+            name, *fields = line.split(":")
+            if fields and not line.startswith("#"):
+                names[tuple(int(v) for v in fields[0].split(",") if v.strip().isdigit())] = name
+    return names or {_voc_color(i): name for i, name in enumerate(_VOC_CLASSES, 1)}
+
+
+def _voc_color(number: int) -> tuple[int, ...]:
+    bits = [[number >> (3 * k + c) & 1 for k in range(3)] for c in range(3)]
+    return tuple(sum(bit << (7 - k) for k, bit in enumerate(own)) for own in bits)

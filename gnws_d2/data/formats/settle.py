@@ -1,0 +1,293 @@
+"""Check the objects of a dataset: repair them, leave them out, or refuse it."""
+
+import logging
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as mask_util
+from PIL import Image
+
+from ...utils.errors import UserError
+from ..dataset_mapper import BadImageError, read_image
+from .label import Label, Object, corners_of, encode_mask, to_number, to_numbers, to_rle
+from .tree import map_files
+
+Coco = dict[str, Any]
+_MAX_FAULTS = 0.1  # share of the objects that may be left out
+_MAX_CROWDS = 0.5  # share of the objects that are crowds, above which they are objects
+_EXIF_ORIENTATION = 0x0112
+_NUMBERED = re.compile(r"[-_ ]\d+$")
+
+
+class Notes:
+    """Count what was repaired or left out, with the first of each kind."""
+
+    def __init__(self) -> None:
+        self.repairs: dict[str, list[str]] = defaultdict(list)
+        self.left_out: dict[str, list[str]] = defaultdict(list)
+
+    def lines(self) -> list[str]:
+        """One sentence for each kind."""
+        return [
+            f"{verb} {len(own)} x {kind}. The first: {own[0]}"
+            for verb, kinds in (("Repaired", self.repairs), ("Left out", self.left_out))
+            for kind, own in kinds.items()
+        ]
+
+
+def settle(
+    labels: list[Label],
+    classes: dict[str, int],
+    notes: Notes,
+    *,
+    masks: bool | None = None,
+    skip_bad_images: bool = False,
+    keep_going: bool = False,
+) -> dict[str, Coco]:
+    """
+    Turn the labels of a dataset into COCO dicts whose objects can all be used.
+
+    Args:
+        labels: with picture and split.
+        classes: the number of each class, where the data has one.
+        notes: what has been left out so far. What is repaired or left out here is added.
+        masks: whether objects have masks (default: whether most have one).
+        skip_bad_images: leave out pictures that cannot be read.
+        keep_going: leave out more than a tenth of the objects.
+
+    Returns:
+        The COCO dict of each split. All have the same categories, those with objects.
+
+    Raises:
+        UserError: if a picture cannot be read, or too many objects cannot be used.
+    """
+    labels = _open_pictures(labels, notes, skip_bad_images)
+    for label in labels:
+        for object in label.objects:
+            if not object.fault:
+                _settle_object(object, *label.size)
+    objects = [object for label in labels for object in label.objects]
+    _settle_crowds(objects)
+    usable = [o for o in objects if not o.fault]
+    if masks is None:
+        masks = bool(usable) and 2 * sum(o.segmentation is not None for o in usable) >= len(usable)
+    for object in usable:
+        if masks and object.segmentation is None and object.rectangle:
+            object.segmentation = [corners_of(object.box)]
+        elif masks and object.segmentation is None:
+            object.fault = "it has a box without an outline, unlike most objects"
+        elif not masks:
+            object.segmentation = None
+    faults = [object for object in objects if object.fault]
+    for object in faults:
+        kind = object.fault.partition(":")[0]
+        notes.left_out[f"object: {kind}"].append(f"{object.where}: {object.fault}.")
+    if len(faults) > _MAX_FAULTS * len(objects) and not keep_going:
+        raise UserError(
+            f"{faults[0].where}: {faults[0].fault}. {len(faults)} of {len(objects)} objects cannot "
+            "be used; --keep-going leaves them out."
+        )
+    for object in objects:
+        for repair in object.repairs:
+            notes.repairs[repair].append(object.where)
+    return _to_coco(labels, classes)
+
+
+def _open_pictures(labels: list[Label], notes: Notes, skip_bad_images: bool) -> list[Label]:
+    """Set the sizes of pictures as they are decoded. Return the labels of those that can be."""
+    with_picture = [label for label in labels if label.picture]
+    paths = [label.path for label in with_picture]
+    kept = [label for label in labels if not label.picture]
+    for label in kept:
+        label.size = (0, 0)  # all its objects have a fault
+    for label, path, found in zip(with_picture, paths, map_files(_open, paths, "Opening pictures")):
+        if isinstance(found, str):
+            if not skip_bad_images:
+                raise UserError(f"{found} INPUT.ON_BAD_IMAGE skip leaves such pictures out.")
+            notes.left_out["picture that cannot be read"].append(found)
+            continue
+        given = to_numbers(label.size)
+        turned = given == [*found[1::-1]] and found[2] > 4 and found[0] != found[1]
+        for object in label.objects:
+            if turned:
+                _turn(object, found)
+            elif given and min(given) > 0 and given != [*found[:2]]:
+                object.fault = object.fault or (
+                    f"its label has another size than its picture: {given[0]:.0f}x{given[1]:.0f}, "
+                    f"and {path} has {found[0]}x{found[1]}"
+                )
+        if label.size and not (given and min(given) > 0):
+            notes.repairs["size of a picture, which is read from its file"].append(path)
+        label.size = found[:2]
+        kept.append(label)
+    return kept
+
+
+def _open(path: str) -> tuple[int, int, int] | str:
+    """Return width, height and EXIF orientation, or why it cannot be decoded."""
+    try:
+        height, width = read_image(path, "BGR").shape[:2]
+        with Image.open(path) as header:
+            return width, height, header.getexif().get(_EXIF_ORIENTATION, 1)
+    except BadImageError as e:
+        return str(e)
+
+
+def _turn(object: Object, size: tuple[int, int, int]) -> None:
+    """Turn an object that was drawn on the stored picture as EXIF turns the picture."""
+    width, height, orientation = size
+
+    def turn(x: float, y: float) -> tuple[float, float]:
+        x, y = y, x
+        x = width - x if orientation in (6, 7) else x
+        return x, height - y if orientation in (7, 8) else y
+
+    if (box := to_numbers(object.box)) and len(box) == 4:
+        (x1, y1), (x2, y2) = turn(box[0], box[1]), turn(box[0] + box[2], box[1] + box[3])
+        object.box = [min(x1, x2), min(y1, y2), abs(x2 - x1), abs(y2 - y1)]
+    if isinstance(object.segmentation, list):
+        polygons = [to_numbers(polygon) or [] for polygon in object.segmentation]
+        pairs = [zip(polygon[::2], polygon[1::2]) for polygon in polygons]
+        object.segmentation = [[v for x, y in own for v in turn(x, y)] for own in pairs]
+    elif object.segmentation:
+        mask = mask_util.decode(to_rle(object.segmentation, width, height)).T
+        mask = mask[:, ::-1] if orientation in (6, 7) else mask
+        object.segmentation = encode_mask(mask[::-1] if orientation in (7, 8) else mask)
+    object.repairs += ("object of a picture with EXIF orientation, which is turned, too",)
+
+
+def _settle_object(object: Object, width: int, height: int) -> None:
+    """Make the coordinates of an object pixels and numbers, or say why it cannot be used."""
+    given = object.box
+    object.box = to_numbers(given)
+    if object.box is not None and len(object.box) != 4:
+        object.box = None
+    if object.relative:
+        scale = np.array([width, height] * 2, float)
+        object.box = object.box and (object.box * scale).tolist()
+        object.segmentation = object.segmentation and [
+            (np.reshape(p, (-1, 2)) * scale[:2]).ravel().tolist() for p in object.segmentation
+        ]
+    outline = _settle_segmentation(object, width, height)
+    if outline is not None:
+        near = object.box and np.abs(np.subtract(object.box, outline)).max()
+        if near is None or near > max(2, 0.1 * max(outline[2:])):
+            if given is not None:
+                object.repairs += ("box, which is computed from the outline",)
+            object.box = outline
+    if object.box is None and given is None:
+        object.fault = "it has neither an outline nor a box"
+    elif object.box is None:
+        object.fault = f"its box is not four numbers: {given!r}"
+    elif min(object.box[2:]) <= 0:
+        object.fault = f"its box has no area: {_short(object.box)}"
+    elif (
+        object.box[0] >= width
+        or object.box[1] >= height
+        or object.box[0] + object.box[2] <= 0
+        or object.box[1] + object.box[3] <= 0
+    ):
+        object.fault = f"its box is outside of the picture: {_short(object.box)}"
+    elif isinstance(given, (list, tuple)) and any(isinstance(v, str) for v in given):
+        object.repairs += ("number that was a string",)
+
+
+def _settle_segmentation(object: Object, width: int, height: int) -> list[float] | None:
+    """Keep polygons and RLE that can be used, and return their box."""
+    given, object.segmentation = object.segmentation, None
+    if isinstance(given, dict):
+        try:
+            rle = to_rle(given, height, width)
+            if [int(v) for v in rle["size"]] != [height, width] or not mask_util.area(rle):
+                return None
+            if isinstance(rle["counts"], bytes):
+                rle["counts"] = rle["counts"].decode()
+            object.segmentation, object.area = rle, float(mask_util.area(rle))
+            return mask_util.toBbox(rle).tolist()
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return None
+    if not isinstance(given, list):
+        return None
+    if given and not isinstance(given[0], (list, tuple)):
+        given = [given]
+        object.repairs += ("polygon without the list around it",)
+    polygons = [to_numbers(polygon) for polygon in given]
+    usable = [p for p in polygons if p and len(p) >= 6 and len(p) % 2 == 0]
+    if not usable:
+        object.repairs += (
+            "outline of under three points, in place of which the box is used",
+        ) * any(given)
+        return None
+    x = [v for polygon in usable for v in polygon[::2]]
+    y = [v for polygon in usable for v in polygon[1::2]]
+    box = [min(x), min(y), max(x) - min(x), max(y) - min(y)]
+    if min(box[2:]) > 0:
+        object.segmentation = usable
+        area = to_number(object.area)
+        if not area or area <= 0:
+            object.area = float(mask_util.area(to_rle(usable, height, width)))
+        return box
+    return None
+
+
+def _short(box: Sequence[float]) -> str:
+    return f"[{', '.join(f'{v:g}' for v in box)}]"
+
+
+def _settle_crowds(objects: list[Object]) -> None:
+    """Take crowds for objects if they are most of the dataset, or all of a class."""
+    of_class: dict[str, list[Object]] = defaultdict(list)
+    for object in objects:
+        of_class[object.name].append(object)
+    crowds = sum(object.crowd for object in objects)
+    for name, own in of_class.items():
+        number = sum(object.crowd for object in own)
+        if number and (number == len(own) or crowds > _MAX_CROWDS * len(objects)):
+            for object in own:
+                object.crowd = False
+            logging.getLogger(__name__).warning(
+                f"{number} of {len(own)} objects of the class {name} are marked as crowds "
+                "(iscrowd, difficult), which training leaves out: they are taken for objects."
+            )
+
+
+def _to_coco(labels: list[Label], classes: dict[str, int]) -> dict[str, Coco]:
+    count = Counter(o.name for label in labels for o in label.objects if not o.fault)
+    ids = {name: number for name, number in classes.items() if count[name]}
+    for name in classes:
+        if not count[name]:
+            logging.getLogger(__name__).info(f"The class {name} has no objects: left out.")
+    for name in count:
+        ids.setdefault(name, max(ids.values(), default=0) + 1)
+    numbered = sorted((number, name) for name, number in ids.items())
+    bases = Counter(_NUMBERED.sub("", name) for name in ids if _NUMBERED.search(name))
+    for base in (base for base, number in bases.items() if number > 1):
+        logging.getLogger(__name__).warning(
+            f"{bases[base]} classes are called {base} and a number: if they are objects of one "
+            "class, give them one name."
+        )
+    categories = [{"id": number, "name": name} for number, name in numbered]
+    splits: dict[str, Coco] = {}
+    for label in labels:
+        if label.picture is None:
+            continue
+        empty: Coco = {"images": [], "annotations": [], "categories": categories}
+        coco = splits.setdefault(label.split, empty)
+        number = len(coco["images"]) + 1
+        width, height = label.size
+        coco["images"].append(
+            {"id": number, "file_name": label.picture, "width": width, "height": height}
+        )
+        for object in (o for o in label.objects if not o.fault):
+            annotation = {
+                "id": len(coco["annotations"]) + 1, "image_id": number,
+                "category_id": ids[object.name], "bbox": object.box, "iscrowd": int(object.crowd),
+                "area": to_number(object.area) or object.box[2] * object.box[3],
+            }  # fmt: skip
+            if object.segmentation is not None:
+                annotation["segmentation"] = object.segmentation
+            coco["annotations"].append(annotation)
+    return splits

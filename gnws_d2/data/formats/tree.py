@@ -1,0 +1,296 @@
+"""The files of a dataset: the picture that a label belongs to, and the split of a picture."""
+
+import functools
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import orjson
+import yaml
+from tqdm import tqdm
+
+from ...utils.errors import UserError
+from ...utils.process import num_usable_cores
+from ..dataset_mapper import IMAGE_SUFFIXES
+
+_IMAGE_SUFFIXES = (*IMAGE_SUFFIXES, ".jfif")
+_SPLITS = {
+    "train": r"train(ing)?[\d_-]*",
+    "val": r"val(id(ation)?)?[\d_-]*",
+    "test": r"test(ing)?[\d_-]*",
+}
+# Directories that say what their files are, and nothing about which of them belong together.
+_ROLES = {
+    "images", "image", "imgs", "img", "jpegimages", "pngimages", "pictures", "photos", "data",
+    "labels", "label", "annotations", "annotation", "annots", "ann", "anns", "xml", "xmls", "json",
+}  # fmt: skip
+MASK_DIRECTORY = r"(?P<of>.*?)[_-]?masks?|segmentation.*|gts?|ground_?truths?|trimaps?"
+_MAYBE_MASK_DIRECTORY = r"labels?|annotations?|instances?"  # if images are elsewhere
+MASK_STEM = r"(.+?)[_-](mask|label|seg|segmentation|gt|instances?)"
+
+
+class Tree:
+    """
+    The files below a directory, in natural order (2 before 10). Hidden files and what tools leave
+    behind are not among them.
+
+    Args:
+        root: the directory. Symbolic links in it are followed.
+
+    Attributes:
+        root (str): the directory.
+        files, pictures, masks (list[str]): paths relative to `root` of all files, of the images
+            and of those images that are masks.
+        classes (dict[str, int]): the number of each class, from 1, as the data numbers them.
+    """
+
+    def __init__(self, root: str):
+        self.root = root
+        self.files = sorted(_walk(root), key=natural_key)
+        images = self.with_suffix(*_IMAGE_SUFFIXES)
+        others = set(self.files).difference(images)
+        masks = _find_masks(images, {os.path.splitext(file)[0] for file in others})
+        self.pictures = [f for f in images if f not in masks]
+        self.masks = [f for f in images if f in masks]
+        self._of_stem: dict[str, list[str]] = defaultdict(list)
+        for picture in self.pictures:
+            self._of_stem[stem(picture).lower()].append(picture)
+        self.classes: dict[str, int] = {}
+
+    def path(self, file: str) -> str:
+        """The path of a file, for messages and for opening it."""
+        return os.path.join(self.root, file)
+
+    def head(self, file: str) -> bytes:
+        """The first 1,000 bytes of a file."""
+        with open(self.path(file), "rb") as f:
+            return f.read(1000)
+
+    def with_suffix(self, *suffixes: str) -> list[str]:
+        """The files with one of some suffixes, in lower or upper case."""
+        return [f for f in self.files if f.lower().endswith(suffixes)]
+
+    @functools.cached_property
+    def jsons(self) -> dict[str, Any]:
+        """The content of the JSON files that can be read, by file."""
+        contents = {}
+        for file in self.with_suffix(".json"):
+            try:
+                with open(self.path(file), "rb") as f:
+                    text = f.read()
+                try:
+                    content = orjson.loads(text)
+                except ValueError:  # Python's reader takes NaN
+                    content = json.loads(text)
+            except (OSError, ValueError, RecursionError):
+                continue
+            if isinstance(content, dict) and "shapes" in content:
+                content.pop("imageData", None)  # labelme's copy of the picture
+            contents[file] = content
+        return contents
+
+    @functools.cached_property
+    def yamls(self) -> dict[str, dict[str, Any]]:
+        """The content of the YAML files that hold keys, by file."""
+        contents = {}
+        for file in self.with_suffix(".yaml", ".yml"):
+            try:
+                content = yaml.safe_load(read_text(self.path(file)))
+            except (ValueError, yaml.YAMLError) as e:
+                raise UserError(f"{self.path(file)} is not valid YAML: {e}") from e
+            if isinstance(content, dict):
+                contents[file] = content
+        return contents
+
+    def find_picture(
+        self, label: str, named: str | None = None, stems: Iterable[str] = ()
+    ) -> str | None:
+        """
+        Find the picture of a label, by the first of these that exists: the longest end of the path
+        that the label names, and the stems, in their order. Of several pictures the nearest: in the
+        directory of the label, in the one that mirrors it, in the same split.
+
+        Args:
+            label: the label file.
+            named: a path or URL in it.
+            stems: the names without suffix that the picture may have.
+
+        Raises:
+            UserError: if several are equally near.
+        """
+        parts = _parts(urlsplit(named).path if named and "://" in named else named or "")
+        for start in range(len(parts)):
+            end = [part.lower() for part in parts[start:]]
+            of_stem = self._of_stem.get(stem(end[-1]), [])
+            found = [p for p in of_stem if p.lower().split("/")[-len(end) :] == end]
+            if found:
+                beside = "/".join([*label.split("/")[:-1], *parts[start:]])
+                if beside in found:
+                    return beside
+                return self._nearest(label, found, parts[-1])
+        for name in (*stems, *([stem(parts[-1])] if parts else [])):
+            if found := self._of_stem.get(name.lower(), []):
+                return self._nearest(label, found, name)
+        return None
+
+    def _nearest(self, label: str, pictures: list[str], name: str) -> str:
+        if len(pictures) > 1:
+            distances = [_distance(label, picture, name) for picture in pictures]
+            nearest = min(distances)
+            pictures = [p for p, d in zip(pictures, distances) if d == nearest]
+        if len(pictures) > 1:
+            raise UserError(
+                f"{self.path(label)} may belong to {self.path(pictures[0])} or to "
+                f"{self.path(pictures[1])}: rename or remove one."
+            )
+        return pictures[0]
+
+    def find_listed(self, entry: str, bases: Iterable[str]) -> set[str] | None:
+        """
+        Find the pictures that an entry of a split names: a directory, a list file or a picture.
+
+        Args:
+            entry: a path, relative to one of `bases` or to the root; of one that does not exist,
+                its longest end that does.
+            bases: directories, relative to the root.
+
+        Returns:
+            The pictures, or None if there is nothing that it may name.
+        """
+        parts = _parts(entry)
+        for start in range(len(parts)):
+            for base in (*bases, ""):
+                path = os.path.normpath(os.path.join(base, *parts[start:]))
+                prefix = "" if path == "." else f"{path}/".lower()
+                if inside := {p for p in self.pictures if p.lower().startswith(prefix)}:
+                    return inside
+                if path in self.files:
+                    return self.read_list(path) if path.lower().endswith(".txt") else {path}
+        return None
+
+    def read_list(self, file: str) -> set[str]:
+        """
+        Read the pictures that a list file names, a path, a name or a stem in each line. A flag of
+        -1, 0 or 1 behind it, as in Pascal VOC's lists of a class, is not part of the name.
+        """
+        found: set[str] = set()
+        for line in read_text(self.path(file)).splitlines():
+            name = line.strip()
+            for candidate in (name, re.sub(r"\s+-?[01]$", "", name)):
+                candidate = candidate.replace("\\", "/")
+                stems = [candidate.rpartition("/")[2]]
+                if name and (picture := self.find_picture(file, candidate, stems)):
+                    found.add(picture)
+                    break
+        return found
+
+
+def map_files(function: Callable, files: Iterable[Any], what: str) -> Iterator[Any]:
+    """Map a function over files with all cores, and a progress bar where it takes over 2 s."""
+    files = list(files)
+    # OpenCV, Pillow and NumPy release the GIL.
+    with ThreadPoolExecutor(num_usable_cores()) as pool:
+        yield from tqdm(pool.map(function, files, chunksize=1), what, len(files), delay=2)
+
+
+def natural_key(name: str) -> list[Any]:
+    """Sort 2 before 10."""
+    return [(int(t), "") if t.isdigit() else (float("inf"), t) for t in re.split(r"(\d+)", name)]
+
+
+def stem(path: str) -> str:
+    """The name of a file without directory and suffix."""
+    return os.path.splitext(path.rpartition("/")[2])[0]
+
+
+def split_of(path: str) -> str:
+    """The split that the nearest directory of a path is called: "train", "val", "test" or "all"."""
+    for part in reversed(path.lower().split("/")[:-1]):
+        for split, pattern in _SPLITS.items():
+            if re.fullmatch(pattern, part):
+                return split
+    return "all"
+
+
+def split_of_name(path: str) -> str:
+    """The split that a word in the name of a file is, or else :func:`split_of` its directory."""
+    words = re.split(r"[^a-z]+", stem(path).lower())
+    named = [s for s, pattern in _SPLITS.items() if any(re.fullmatch(pattern, w) for w in words)]
+    return named[0] if len(named) == 1 else split_of(path)
+
+
+def read_text(path: str) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark, UTF-16 with one, or Latin-1."""
+    with open(path, "rb") as f:
+        data = f.read()
+    encodings = ["utf-16"] if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "latin-1"]
+    for encoding in encodings:
+        try:
+            return data.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+    return data.decode("latin-1")
+
+
+def _walk(root: str) -> Iterable[str]:
+    for directory, directories, names in os.walk(root, followlinks=True):
+        directories[:] = [d for d in directories if d[0] != "." and d != "__MACOSX"]
+        for name in names:
+            if name[0] != ".":
+                yield os.path.relpath(os.path.join(directory, name), root).replace(os.sep, "/")
+
+
+def _parts(path: str) -> list[str]:
+    path = unquote(path) if "%20" in path else path
+    return [p for p in path.replace("\\", "/").split("/") if p not in ("", ".", "..")]
+
+
+def _find_masks(images: list[str], other_stems: set[str]) -> set[str]:
+    """Return the images that are masks of others, by the names of their directories and files."""
+    masks, maybe = set(), set()
+    for file in images:
+        if os.path.splitext(file)[0] in other_stems:  # a label beside it: a picture
+            continue
+        directories = file.lower().split("/")[:-1]
+        if any(re.fullmatch(MASK_DIRECTORY, d) for d in directories):
+            masks.add(file)
+        elif any(re.fullmatch(_MAYBE_MASK_DIRECTORY, d) for d in directories):
+            maybe.add(file)
+    stems = {stem(f).lower() for f in images if f not in masks and f not in maybe}
+    masks |= {f for f in maybe if stem(f).lower() in stems}
+    for file in images:
+        match = re.fullmatch(MASK_STEM, stem(file).lower())
+        if match and match[1] in stems:
+            masks.add(file)
+    return masks if stems else set()
+
+
+def _distance(label: str, picture: str, name: str) -> tuple[Any, ...]:
+    """A tuple that is smaller for a picture that is nearer to a label file."""
+    here, there = label.split("/")[:-1], picture.split("/")[:-1]
+    splits = split_of_name(label), split_of(picture)
+    other_split = splits[0] != splits[1] and "all" not in splits
+    shorter = min(len(here), len(there))
+    common = next((i for i in range(shorter) if here[i] != there[i]), shorter)
+    differing = [pair for pair in zip(here, there) if pair[0] != pair[1]]
+    mirrored = len(here) == len(there) and len(differing) == 1 and not other_split
+    rank = 0 if here == there else 1 if mirrored or _place(here) == _place(there) else 2
+    below = there[: len(here)] != here
+    exact = name not in (picture.rpartition("/")[2], stem(picture))
+    return (rank, other_split, below, -common, exact)
+
+
+def _place(directories: list[str]) -> list[str]:
+    """The directories without those that only say what their files are."""
+    place = []
+    for part in map(str.lower, directories):
+        mask = re.fullmatch(MASK_DIRECTORY, part)
+        part = (mask["of"] or "") if mask else part
+        if part and part not in _ROLES:
+            place.append(part)
+    return place

@@ -1,0 +1,88 @@
+"""VGG Image Annotator 2: one JSON file, a project or its regions, for many pictures."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from .label import Label, Object, ellipse, to_numbers
+from .tree import Tree
+
+_ONE_CLASS = "object"
+
+
+def find(tree: Tree) -> list[str]:
+    """Return the label files of this format."""
+    return [f for f, content in tree.jsons.items() if _items(content)]
+
+
+def _items(content: Any) -> list[dict[str, Any]]:
+    """Return the pictures of a file, or an empty list if it has another format."""
+    if isinstance(content, dict):
+        items = content.get("_via_img_metadata", content)
+        items = list(items.values()) if isinstance(items, dict) else []
+        if items and all(
+            isinstance(i, dict) and {"filename", "regions"} <= i.keys() for i in items
+        ):
+            return items
+    return []
+
+
+def parse(tree: Tree, file: str) -> Iterator[Label]:
+    """Read the labels of a file."""
+    items = _items(tree.jsons[file])
+    every = [region for item in items for region in _regions(item)]
+    key = _class_attribute(every)
+    for item in items:
+        name = str(item["filename"])
+        label = Label(file, name)
+        for number, region in enumerate(_regions(item), 1):
+            where = f"{tree.path(file)}, {name}, region {number}"
+            object = Object(where, _ONE_CLASS if key is None else _value(region, key))
+            try:
+                _read_shape(object, region.get("shape_attributes") or {})
+            except (KeyError, TypeError, ValueError) as e:
+                object.fault = f"its shape cannot be used: {e}"
+            label.objects.append(object)
+        yield label
+
+
+def _regions(item: dict[str, Any]) -> list[dict[str, Any]]:
+    regions = item["regions"]
+    regions = regions.values() if isinstance(regions, dict) else regions or []
+    return [region if isinstance(region, dict) else {} for region in regions]
+
+
+def _value(region: dict[str, Any], key: str) -> str:
+    value = (region.get("region_attributes") or {}).get(key)
+    if isinstance(value, dict):  # a checkbox
+        value = next((name for name, checked in value.items() if checked), "")
+    return str(value if value is not None else "").strip()
+
+
+def _class_attribute(regions: list[dict[str, Any]]) -> str | None:
+    """Return the attribute with the fewest values of those that all regions have."""
+    keys = dict.fromkeys(k for r in regions for k in r.get("region_attributes") or {})
+    values = {key: [_value(region, key) for region in regions] for key in keys}
+    complete = {key: len(set(own)) for key, own in values.items() if all(own)}
+    return min(complete, key=lambda key: complete[key]) if complete else None
+
+
+def _read_shape(object: Object, shape: dict[str, Any]) -> None:
+    kind = shape.get("name")
+    if kind in ("polygon", "polyline"):
+        x, y = to_numbers(shape["all_points_x"]), to_numbers(shape["all_points_y"])
+        if not x or not y or len(x) != len(y) or kind == "polyline":
+            raise ValueError("it is not a polygon")
+        object.segmentation = [[v for point in zip(x, y) for v in point]]
+    elif kind == "rect":
+        object.box = to_numbers([shape[key] for key in ("x", "y", "width", "height")])
+        object.rectangle = True
+    elif kind in ("circle", "ellipse"):
+        keys = ("cx", "cy", "r", "r") if kind == "circle" else ("cx", "cy", "rx", "ry")
+        values = to_numbers([shape[key] for key in keys])
+        if values is None:
+            raise ValueError("it has values that are not numbers")
+        object.segmentation = [
+            ellipse(values[:2], values[2], values[3], float(shape.get("theta") or 0))
+        ]
+    else:
+        raise ValueError(f"{kind!r} is not a region")
