@@ -13,6 +13,7 @@ from ..data.formats import Coco, Notes, read_coco_files, read_dataset, root_of
 from ..utils.errors import UserError
 from ..utils.files import atomic_write
 from ..utils.process import num_usable_cores
+from .preview import write_preview
 from .recipe import Choice, derive_recipe, has_masks
 from .split import split_dataset
 
@@ -31,11 +32,13 @@ def prepare(
     num_gpus: int,
     patience: int,
     keep_going: bool,
+    preview: bool,
     opts: Sequence[Any],
 ) -> None:
     """
     Write `config_file`, whose directory is ``OUTPUT_DIR``, the reasons for its values beside it
-    (``NAME.choices.json``), and the data in ``data/``. Print the values and the reasons.
+    (``NAME.choices.json``), and the data in ``data/``. Print the values, the reasons, and what was
+    repaired and left out. With `preview` also write ``data/preview.html``.
 
     See :func:`gnws_d2.finetune` for the other arguments, and what is raised.
     """
@@ -90,8 +93,12 @@ def prepare(
     rows = [[c.key, c.value, c.reason] for c in choices if c.key != "DATASETS.COCO"]
     rows += [[key, value, "given"] for key, value in given.items()]
     print(tabulate(rows, ["key", "value", "why"], maxcolwidths=[None, 40, 60]) + "\n")
-    for line in notes.lines():
-        print(line)
+    lines = notes.lines()
+    print("\n".join(lines), end="\n" if lines else "")
+    if preview:
+        page = os.path.join(output, "data", "preview.html")
+        write_preview(page, splits, roots, lines)
+        print(f"The data as it is read: {page}.")
 
 
 def _read_splits(

@@ -25,6 +25,7 @@ def finetune(
     patience: int = 0,
     resume: bool = False,
     keep_going: bool = False,
+    dry_run: bool = False,
     opts: Sequence[Any] = (),
 ) -> str:
     """
@@ -50,10 +51,11 @@ def finetune(
         resume: continue the run in `output`, with its data and config. Only `num_gpus` and `opts`
             are used.
         keep_going: leave out more than a tenth of the objects, if they cannot be used.
+        dry_run: stop before the training, and write ``data/preview.html``, which shows the data.
         opts: KEY VALUE pairs that override the derived config.
 
     Returns:
-        The path of the best checkpoint.
+        The path of the best checkpoint, or with `dry_run` that of the config.
 
     Raises:
         UserError: for the first mistake in the arguments or the data.
@@ -63,10 +65,12 @@ def finetune(
         prepare(
             config_file, data=data, train=train, val=val, model=model, epochs=epochs,
             batch_size=batch_size, num_gpus=num_gpus, patience=patience, keep_going=keep_going,
-            opts=opts,
+            preview=dry_run, opts=opts,
         )  # fmt: skip
     elif not os.path.isfile(config_file):
         raise UserError(f"--output {output} has no run to --resume: no finetune.yaml in it.")
+    if dry_run:
+        return config_file
     job = Namespace(
         config_file=config_file, resume=resume, eval_only=False, num_gpus=num_gpus,
         num_machines=1, machine_rank=0, dist_url="auto", dataset=[], opts=[*opts],
