@@ -31,9 +31,9 @@ def prepare(
     batch_size: int,
     num_gpus: int,
     patience: int,
-    keep_going: bool,
-    preview: bool,
     opts: Sequence[Any],
+    keep_going: bool = False,
+    preview: bool = False,
 ) -> None:
     """
     Write `config_file`, whose directory is ``OUTPUT_DIR``, the reasons for its values beside it
