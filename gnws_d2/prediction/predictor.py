@@ -19,7 +19,7 @@ from ..config import check_device, choose_device, load_config
 from ..data.coco import class_metadata
 from ..data.transforms import OpenCVResizeShortestEdge
 from ..layers import fold_for_inference
-from ..modeling.backbone import check_kernels
+from ..modeling.backbone import check_keys
 from ..utils.errors import UserError
 from ..utils.process import keep_freed_memory
 from .test_time_augmentation import with_tta
@@ -85,7 +85,7 @@ class Predictor(DefaultPredictor):
     def __init__(self, cfg: CfgNode):
         """Raise :class:`UserError` if ``MODEL.DEVICE`` or ``MODEL.WEIGHTS`` cannot be used."""
         check_device(cfg)
-        if cfg.MODEL.DEVICE == "cpu" and check_kernels(cfg) != "reference":
+        if cfg.MODEL.DEVICE == "cpu" and check_keys(cfg) != "reference":
             keep_freed_memory()
         self.cfg = cfg.clone()
         self.model = build_model(self.cfg).eval()

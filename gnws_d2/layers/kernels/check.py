@@ -1,14 +1,13 @@
-"""Check Triton kernels against PyTorch's operators, on the GPU that they are to run on."""
+"""Check the Triton kernels against PyTorch's operators, on the GPU that they are to run on."""
 
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 # Of the largest value, or of 1 if all are smaller; several times the rounding.
-_TOLERANCE = {torch.float32: 3e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+TOLERANCE = {torch.float32: 3e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 # Shape, groups, residual and ReLU, eps: groups in one tile, of odd sizes; in several; of one
 # element, whose gradient is zero, and its rounding is multiplied by 1 / sqrt(eps).
 _GROUP_NORM = [
@@ -20,32 +19,39 @@ _WEIGHTS = [(6, 3, 7, 7), (5, 64, 1, 1), (2, 1, 1, 1)]
 _EPS = 1e-5
 
 
-def find_difference(kernels: ModuleType, dtype: torch.dtype, device: torch.device) -> str:
+def find_difference(dtype: torch.dtype, device: torch.device) -> str:
     """
-    Compare the kernels of a module, forward and backward, with PyTorch's operators in float64, on
-    small seeded inputs.
+    Compare all kernels, forward and backward, with PyTorch's operators in float64, on small seeded
+    inputs.
+
+    Args:
+        dtype: a key of ``TOLERANCE``.
 
     Returns:
         What differs beyond rounding; "" if nothing does.
     """
-    is_norm = hasattr(kernels, "group_norm")
-    check = _check_group_norm if is_norm else _check_weight_standardization
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, generator=generator)
 
-    for case in _GROUP_NORM if is_norm else _WEIGHTS:
-        for _ in range(2):  # the second launch of a kernel is another one than the first
-            difference = check(kernels, dtype, randn, case)
-            if difference:
-                return f"{difference} of a tensor of {case}"
+    cases: list[tuple[Callable, tuple]] = [(_check_group_norm, case) for case in _GROUP_NORM]
+    cases += [(_check_weight_standardization, case) for case in _WEIGHTS]
+    for check, case in 2 * cases:  # the second launch of a kernel is another one than the first
+        for actual, expected in check(dtype, randn, case):
+            error = (actual.double() - expected).abs().max() / expected.abs().max().clamp(min=1)
+            if not error <= TOLERANCE[dtype]:  # NaN, too
+                name = check.__name__.removeprefix("_check_")
+                return f"{error:.1e} of the largest value in {name} of {case}"
     return ""
 
 
 def _check_group_norm(
-    kernels: ModuleType, dtype: torch.dtype, randn: Callable[..., Tensor], case: tuple
-) -> str:
+    dtype: torch.dtype, randn: Callable[..., Tensor], case: tuple
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the output and each gradient of the kernels, with what is expected."""
+    from . import group_norm as kernels  # imports Triton
+
     shape, groups, with_residual, relu, eps = case
     inputs = [(randn(*shape) + 3).to(dtype), *randn(2, shape[1])]
     inputs += [randn(*shape).to(dtype)] if with_residual else []
@@ -61,15 +67,17 @@ def _check_group_norm(
     residual = leaves[3] if with_residual else None
     x, weight, bias = leaves[:3]
     y = kernels.group_norm(x, groups, weight, bias, eps, residual, relu)
-    actual = [y, *torch.autograd.grad(y, leaves, grad)]
+    yield y, expected
     grads = torch.autograd.grad(expected, doubles, grad.double())
-    names = ["the output", *(f"the gradient of the {n}" for n in ("input", "weight", "bias"))]
-    return _compare([*names, "the gradient of the residual"], actual, [expected, *grads], dtype)
+    yield from zip(torch.autograd.grad(y, leaves, grad), grads)
 
 
 def _check_weight_standardization(
-    kernels: ModuleType, dtype: torch.dtype, randn: Callable[..., Tensor], case: tuple
-) -> str:
+    dtype: torch.dtype, randn: Callable[..., Tensor], case: tuple
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the output, the std and the gradient of the kernels, with what is expected."""
+    from . import weight_standardization as kernels  # imports Triton
+
     for weight_dtype in dict.fromkeys((torch.float32, dtype)):  # autocast keeps float32
         weight, grad = (randn(*case) + 1).to(weight_dtype), randn(*case).to(dtype)
         out, std = kernels.standardize(weight, _EPS, dtype)
@@ -80,19 +88,6 @@ def _check_weight_standardization(
         (expected_grad,) = torch.autograd.grad(expected, w, grad.double().flatten(1))
         if w.size(1) == 1:  # 0 / 0 in the formula's gradient
             expected_grad = torch.zeros_like(w)
-        names = ["the output", "the standard deviation", "the gradient of the weight"]
-        actual = [out.flatten(1), std, grad_weight.flatten(1)]
-        difference = _compare(names, actual, [expected, expected_std, expected_grad], dtype)
-        if difference:
-            return difference
-    return ""
-
-
-def _compare(
-    names: Sequence[str], actual: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype
-) -> str:
-    for name, a, e in zip(names, actual, expected):
-        error = ((a.double() - e).abs().max() / e.abs().max().clamp(min=1)).item()
-        if not error <= _TOLERANCE[dtype]:  # NaN, too
-            return f"{error:.1e} of the largest value in {name}"
-    return ""
+        yield out.flatten(1), expected
+        yield std, expected_std
+        yield grad_weight.flatten(1), expected_grad
