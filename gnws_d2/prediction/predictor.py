@@ -14,7 +14,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from .. import model_zoo
-from ..checkpoint import GNWSCheckpointer, find_run_checkpoint, read_config
+from ..checkpoint import GNWSCheckpointer, find_checkpoint, read_config
 from ..config import check_device, choose_device, load_config
 from ..data.coco import class_metadata
 from ..data.transforms import OpenCVResizeShortestEdge
@@ -47,14 +47,13 @@ def find_trained(
     if model in model_zoo.names() and not is_run:
         config_file, weights = model_zoo.get_config_file(model), model_zoo.get_checkpoint_url(model)
     elif os.path.exists(model):
-        weights = find_run_checkpoint(model) if os.path.isdir(model) else model
-        config_file = os.path.join(os.path.dirname(weights or model), "config.yaml")
-        text = read_config(weights) if weights else ""
-        if not weights or not (text or os.path.isfile(config_file)):
-            what = "it has no config.yaml" if weights else "it has no checkpoint"
+        weights = find_checkpoint(model)
+        config_file = os.path.join(os.path.dirname(weights), "config.yaml")
+        text = read_config(weights)
+        if not (text or os.path.isfile(config_file)):
             raise UserError(
-                f"{model} is not a trained model: {what}. Name the OUTPUT_DIR of a run, or a "
-                "checkpoint in it."
+                f"{model} is not a trained model: it has no config.yaml. Name the OUTPUT_DIR of a "
+                "run, or a checkpoint in it."
             )
     else:
         near = difflib.get_close_matches(model, model_zoo.names(), n=3, cutoff=0)

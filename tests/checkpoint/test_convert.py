@@ -21,10 +21,6 @@ def build(name):
     return build_model(cfg)
 
 
-def test_key_files_are_of_the_eight_networks():
-    assert len(list((ASSETS / "mmdet_keys").iterdir())) == len(NAMES) == 8
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_of_mmdetection_has_its_place(name):
     state = mmdet_state(name)

@@ -139,8 +139,8 @@ def failing(y):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (wrong_output, "of the largest value in group_norm of ((3, 64, 7, 5), 32, True, True"),
-        (wrong_gradient, "of the largest value in group_norm of ((3, 64, 7, 5), 32, True, True"),
+        (wrong_output, "of the largest value in group_norm of (3, 64, 7, 5) in 32 groups"),
+        (wrong_gradient, "of the largest value in group_norm of (3, 64, 7, 5) in 32 groups"),
         (no_number, "nan of the largest value in group_norm"),
         (failing, "RuntimeError: out of registers"),
     ],

@@ -1,17 +1,8 @@
 """
 Which operators run on a GPU: the Triton kernels wherever they can, PyTorch's own elsewhere.
 
-This rule is fixed, so that every run takes the same operators. It follows from measurements on an
-H100 (docs/performance.md):
-
-* GroupNorm + ReLU, forward, in all 22 shapes of Mask R-CNN: on the GPU, PyTorch's operators take
-  1.7 to 8.0 times as long as the kernels in float32, 1.6 to 14.8 times in float16 (bfloat16: 8.0 to
-  14.7 times at the largest maps); in channels-last 2.4 to 20.3 times. The CPU launches them in 50
-  to 60 us, and the kernels in 27 us.
-* Weight standardization of 69 convolutions: 7.6 times in float32, 8.6 times in float16.
-* Backward was measured in models only. In a training step of 2 images, compared with one of frozen
-  BatchNorm, the GPU was busy 1.14 times as long in float32, where a choice by time had given 27 of
-  106 shapes to PyTorch's operators, and 0.98 times as long in float16, where it had given them 1.
+This rule is fixed, so that every run takes the same operators. On an H100 the kernels were faster
+forward in all shapes of Mask R-CNN and all types (docs/performance.md).
 """
 
 import functools

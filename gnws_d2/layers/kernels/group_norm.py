@@ -9,7 +9,7 @@ written for the last time is to displace them. Smaller groups take one pass.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -206,18 +206,13 @@ def unsupported_reason(x: Tensor, num_groups: int) -> str:
     return ""
 
 
-class _Plan(NamedTuple):
-    numbers: tuple[int, int, int]  # N, C and P_VEC
-    d: int  # channels of a group
-    tile: tuple[int, int, int]  # VEC, BLOCK_C and BLOCK_P: whole groups, or a piece of one
-    block_s: int
-    grid: tuple[int, int]
-    warps: int
-
-
 @functools.lru_cache(4096)
-def _plan(shape: torch.Size, num_groups: int) -> _Plan:
-    """How the kernels run on a tensor of shape (N, C, ...)."""
+def _plan(shape: torch.Size, num_groups: int) -> tuple[Any, ...]:
+    """
+    How the kernels run on a tensor of `shape` (N, C, ...): (N, C, P_VEC), D, the tile (VEC,
+    BLOCK_C, BLOCK_P), BLOCK_S, the grid and the number of warps. Tiles are whole groups by all of a
+    small map, or a piece of a map.
+    """
     n, c = shape[:2]
     d, p = c // num_groups, shape[2:].numel()
     vec = 8 if p % 8 == 0 else 4 if p % 4 == 0 else 1
@@ -230,7 +225,7 @@ def _plan(shape: torch.Size, num_groups: int) -> _Plan:
             block_c *= 2
     grid = (n * (c // block_c), triton.cdiv(p, block_p))
     warps = max(1, min(16, block_c * block_p // (32 * _PER_THREAD[vec])))
-    return _Plan((n, c, p // vec), d, (vec, block_c, block_p), block_s, grid, warps)
+    return (n, c, p // vec), d, (vec, block_c, block_p), block_s, grid, warps
 
 
 def group_norm(
