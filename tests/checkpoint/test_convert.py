@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ASSETS, mmdet_state
+from conftest import mmdet_state
 from detectron2.modeling import build_model
 
 from gnws_d2 import model_zoo

@@ -161,14 +161,11 @@ def test_autocast_keeps_the_features_in_half_precision():
     assert {f.dtype for f in features.values()} == {torch.bfloat16}
 
 
-def test_convolutions_without_a_norm_are_not_standardized():
-    model = build_model(get_config())
-    plain = {name for name, m in model.named_modules() if type(m) is Conv2d}
-    rpn = "proposal_generator.rpn_head."
-    assert plain == {f"{rpn}conv", "roi_heads.mask_head.predictor"} or plain == {
-        *(f"{rpn}{layer}" for layer in ("conv", "objectness_logits", "anchor_deltas")),
-        "roi_heads.mask_head.predictor",
-    }
+def test_convolutions_with_a_norm_are_standardized_and_no_others():
+    convs = [m for m in build_model(get_config()).modules() if isinstance(m, Conv2d)]
+    assert all(isinstance(m, WSConv2d) == isinstance(m.norm, torch.nn.GroupNorm) for m in convs)
+    # of the ResNet, the FPN, and the box and the mask head
+    assert sum(isinstance(m, WSConv2d) for m in convs) == 53 + 8 + 4 + 4
 
 
 def test_backbone_without_fpn_has_detectron2s_features():
