@@ -26,7 +26,7 @@ class GNWSCatalogHandler(PathHandler):
     Resolve ``gnws://NAME`` to a local file in Detectron2's format.
 
     The published file is downloaded once, its hash checked, and its conversion kept beside it in
-    iopath's cache directory (``$FVCORE_CACHE``). A file put there by hand is used as well.
+    iopath's cache directory (``$FVCORE_CACHE``). A file put there by hand is used as it is.
     """
 
     def _get_supported_prefixes(self) -> list[str]:

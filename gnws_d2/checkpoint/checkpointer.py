@@ -22,10 +22,9 @@ class GNWSCheckpointer(DetectionCheckpointer):
     code in them, writes atomically, and raises :class:`UserError` if a checkpoint does not fit.
 
     A checkpoint to start training from may lack whole parts of the model, as a backbone does, and
-    may have predictors for other classes. One to resume from must match entirely; with
-    ``strict=True``, as for evaluation, any one must. Checkpoints record whether the model has
-    weight standardization; a difference is logged as a warning. They record the class names, too:
-    one to resume from or to evaluate must have the same. They carry the config of the model.
+    may have predictors for other classes. On resume, and with ``strict=True`` as for evaluation, it
+    must match entirely, and its class names must be those of the dataset. Checkpoints also record
+    the config, and whether the model has weight standardization: a difference is a warning.
     """
 
     def __init__(
@@ -151,7 +150,7 @@ class GNWSCheckpointer(DetectionCheckpointer):
         return [
             *(f"{name} has shape {list(given)}, not {list(own)}" for name, given, own in shapes),
             *(f"{name} is missing" for name in missing),
-            *(f"{name} is of no layer of it" for name in unexpected),
+            *(f"{name} is not a parameter of it" for name in unexpected),
         ]
 
     def _standardized(self) -> bool:

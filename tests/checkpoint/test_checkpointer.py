@@ -298,7 +298,7 @@ def test_describe(name):
 
 
 class Counter:
-    """A stateful object that a checkpoint holds besides the model."""
+    """A stateful object that a checkpoint holds in addition to the model."""
 
     def __init__(self):
         self.count = 0

@@ -48,7 +48,7 @@ def test_group_norm_forward_and_backward(dtype, shape, groups, residual, relu):
     doubles = [t.double().requires_grad_() for t in inputs]
     expected = F.group_norm(doubles[0], groups, doubles[1], doubles[2], 1e-5)
     expected = sum(doubles[3:], expected)
-    # Where rounding decides the sign, the gradient is anything.
+    # Where rounding decides the sign, the gradient is arbitrary.
     grad[expected.abs() < 0.02] = 0
     expected = expected.relu() if relu else expected
     expected_grads = torch.autograd.grad(expected, doubles, grad.double())

@@ -55,7 +55,7 @@ def _check_group_norm(
         doubles = [t.double().requires_grad_() for t in inputs]
         sums = F.group_norm(doubles[0], groups, doubles[1], doubles[2], eps)
         sums = sum(doubles[3:], sums)
-        # Where rounding decides the sign, the gradient is anything.
+        # Where rounding decides the sign, the gradient is arbitrary.
         grad = randn(*shape).to(dtype).where(sums.abs() > 0.05, 0)
         expected = sums.relu()
 

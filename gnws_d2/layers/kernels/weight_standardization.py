@@ -68,7 +68,7 @@ def standardize(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor,
 def standardize_backward(
     grad: Tensor, out: Tensor, std: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """Return the gradient of the weight, of `dtype`, from that of `out` of :func:`standardize`."""
+    """Return the gradient of the weight, of `dtype`; `grad` is the gradient of `out`."""
     numbers, block, warps = _launch_options(out)
     grad_weight = torch.empty_like(out, dtype=dtype)
     tensors = (grad.contiguous(), out, std, grad_weight)
