@@ -20,8 +20,8 @@ CONFIG_DIR = Path(__file__).parent / "model_zoo" / "configs"
 
 def add_gnws_config(cfg: CfgNode) -> None:
     """
-    Add the keys below to `cfg`. The models also build from configs without them. Importing this
-    package adds them to Detectron2's defaults, so that ``get_cfg()`` has them.
+    Add the keys below to `cfg`. Importing this package adds them to Detectron2's defaults, so that
+    ``get_cfg()`` has them.
     """
     if "GNWS" in cfg.MODEL:
         return

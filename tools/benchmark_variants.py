@@ -32,11 +32,10 @@ from gnws_d2.data import OpenCVDatasetMapper, register_coco_datasets
 from gnws_d2.data.coco import check_registered
 from gnws_d2.engine.checks import check_device, check_precision
 from gnws_d2.engine.run_record import describe_machine
-from gnws_d2.export.fold import STOCK_NAMES
+from gnws_d2.export.fold import STOCK_NAMES, fold_model
 from gnws_d2.layers import (
     WSConv2d,
     fold_for_inference,
-    fold_ws_conv,
     group_norm,
     standardize_weight,
 )
@@ -103,7 +102,7 @@ def build_variant(cfg: CfgNode, name: str, train: bool, inputs: list[dict[str, A
             model(inputs)
         model = FrozenBatchNorm2d.convert_frozen_batchnorm(model)
     elif name == "GN, Detectron2":
-        fold_ws_conv(model)
+        model, _ = fold_model(model, cfg)
     elif name == "GN" or (not train and name != "GN+WS, reference"):
         fold_for_inference(model)
     return model.train(train)

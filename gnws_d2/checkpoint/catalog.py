@@ -1,19 +1,17 @@
 """``gnws://NAME``: the published checkpoints as paths that Detectron2 understands."""
 
 import difflib
-import hashlib
 import os
 from http.client import HTTPException
-from pathlib import Path
 from typing import Any
 
 from detectron2.utils.file_io import PathManager
-from iopath.common.download import download
 from iopath.common.file_io import PathHandler, file_lock, get_cache_dir
+from torch.hub import download_url_to_file
 
 from .. import model_zoo
 from ..utils.errors import UserError
-from .checkpointer import load_checkpoint, save_checkpoint
+from .files import load_checkpoint, save_checkpoint
 
 
 def checkpoint_urls() -> dict[str, str]:
@@ -28,7 +26,7 @@ class GNWSCatalogHandler(PathHandler):
     Resolve ``gnws://NAME`` to a local file in Detectron2's format.
 
     The published file is downloaded once, its hash checked, and its conversion kept beside it in
-    iopath's cache directory (``$FVCORE_CACHE``). A file put there by hand is used as well.
+    iopath's cache directory (``$FVCORE_CACHE``). A file put there by hand is used as it is.
     """
 
     def _get_supported_prefixes(self) -> list[str]:
@@ -46,27 +44,15 @@ class GNWSCatalogHandler(PathHandler):
             with file_lock(published):  # one process downloads, the others wait for it
                 if not os.path.isfile(converted):
                     if not os.path.isfile(published):
-                        download(url, cache)
-                    _check_hash(published)
+                        hash_prefix = url.removesuffix(".pth").rpartition("-")[2]
+                        download_url_to_file(url, published, hash_prefix)
                     save_checkpoint(load_checkpoint(published), converted)
-        except (OSError, HTTPException) as e:
+        except (OSError, HTTPException, RuntimeError) as e:  # the last for a wrong hash
             raise UserError(
                 f"Cannot download {url} to {cache}: {e}. Put the file there by hand, set "
                 'FVCORE_CACHE to another directory, or set MODEL.WEIGHTS "" to train from scratch.'
             ) from e
         return converted
-
-
-def _check_hash(path: str) -> None:
-    expected = path.removesuffix(".pth").rpartition("-")[2]
-    actual = hashlib.sha256(Path(path).read_bytes()).hexdigest()[: len(expected)]
-    if actual != expected:
-        os.replace(path, f"{path}.wrong")
-        raise UserError(
-            f"The SHA-256 of {path} starts with {actual}, not {expected}: it is incomplete or "
-            f"another file, and is now {path}.wrong. Run again to download it again, or set "
-            'MODEL.WEIGHTS "" to train from scratch.'
-        )
 
 
 PathManager.register_handler(GNWSCatalogHandler())

@@ -2,89 +2,18 @@
 
 import os
 import re
-import zipfile
-from http.client import HTTPException
 from typing import Any
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from ..layers import WSConv2d
 from ..utils.errors import UserError
 from ..utils.files import atomic_write
-from .convert import convert_to_detectron2
+from .files import DamagedCheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
 
 # The layers whose shape depends on the number of classes.
 _PREDICTORS = ("roi_heads.box_predictor.", "roi_heads.mask_head.predictor.")
-
-
-class DamagedCheckpointError(UserError):
-    """Raised when a checkpoint is missing, truncated or damaged."""
-
-
-def find_checkpoint(path: str) -> str:
-    """Return the local file of a checkpoint, downloaded if `path` is a URL or ``gnws://NAME``."""
-    try:
-        file = PathManager.get_local_path(path.partition("?")[0])  # Detectron2 drops queries, too
-    except (OSError, HTTPException, ValueError) as e:
-        raise UserError(f"Cannot download MODEL.WEIGHTS {path}: {e}. Check the address.") from e
-    if not os.path.isfile(file):
-        raise DamagedCheckpointError(f"The checkpoint {path} does not exist.")
-    return file
-
-
-def load_checkpoint(path: str) -> dict[str, Any]:
-    """
-    Read a checkpoint of any format of :func:`convert_to_detectron2`, without running code in it,
-    and return it in Detectron2's format, on the CPU.
-
-    Args:
-        path: a local file, a URL or ``gnws://NAME``.
-
-    Raises:
-        UserError: if the file cannot be read, has an unknown format, code or non-finite values.
-    """
-    file = find_checkpoint(path)
-    checkpoint = _read(file)
-    try:
-        checkpoint = convert_to_detectron2(checkpoint)
-        bad = [name for name, value in checkpoint["model"].items() if not value.isfinite().all()]
-    except (UserError, RuntimeError) as e:  # PyTorch's, if a tensor claims more values than it has
-        raise UserError(f"The checkpoint {file} cannot be used: {e}") from e
-    if bad:
-        raise UserError(f"The checkpoint {file} has values that are not finite in {bad[0]}.")
-    return checkpoint
-
-
-def _read(file: str, **kwargs: Any) -> Any:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, **kwargs)
-    except OSError as e:
-        raise UserError(f"Cannot read the checkpoint {file}: {e.strerror or e}.") from e
-    except Exception as e:  # a damaged file can fail in any way
-        if code := re.search(r"\bGLOBAL (\S+)", str(e)):
-            raise UserError(f"{file} is refused: loading it would run {code[1]}.") from e
-        raise DamagedCheckpointError(
-            f"{file} is damaged, or not a PyTorch checkpoint but a web page or a pickle."
-        ) from e
-
-
-def read_config(file: str) -> str:
-    """Return the config that a checkpoint of :class:`GNWSCheckpointer` carries, as YAML, or ""."""
-    # Without its tensors. A file of another format is none of ours.
-    checkpoint = _read(file, mmap=True) if zipfile.is_zipfile(file) else {}
-    return checkpoint.get("config", "") if isinstance(checkpoint, dict) else ""
-
-
-def save_checkpoint(checkpoint: dict[str, Any], path: str) -> None:
-    """Write a checkpoint atomically; raise :class:`UserError` if that fails, as on a full disk."""
-    with atomic_write(path, "wb") as f:
-        try:
-            torch.save(checkpoint, f)
-        except RuntimeError as e:  # PyTorch's, while it handles the OSError of a full disk
-            raise (e.__context__ if isinstance(e.__context__, OSError) else OSError(e)) from e
 
 
 class GNWSCheckpointer(DetectionCheckpointer):
@@ -93,10 +22,9 @@ class GNWSCheckpointer(DetectionCheckpointer):
     code in them, writes atomically, and raises :class:`UserError` if a checkpoint does not fit.
 
     A checkpoint to start training from may lack whole parts of the model, as a backbone does, and
-    may have predictors for other classes. One to resume from must match entirely; with
-    ``strict=True``, as for evaluation, any one must. Checkpoints record whether the model has
-    weight standardization; a difference is logged as a warning. They record the class names, too:
-    one to resume from or to evaluate must have the same. They carry the config of the model.
+    may have predictors for other classes. On resume, and with ``strict=True`` as for evaluation, it
+    must match entirely, and its class names must be those of the dataset. Checkpoints also record
+    the config, and whether the model has weight standardization: a difference is a warning.
     """
 
     def __init__(
@@ -222,7 +150,7 @@ class GNWSCheckpointer(DetectionCheckpointer):
         return [
             *(f"{name} has shape {list(given)}, not {list(own)}" for name, given, own in shapes),
             *(f"{name} is missing" for name in missing),
-            *(f"{name} is of no layer of it" for name in unexpected),
+            *(f"{name} is not a parameter of it" for name in unexpected),
         ]
 
     def _standardized(self) -> bool:

@@ -42,8 +42,8 @@ def convert_to_detectron2(checkpoint: Any) -> dict[str, Any]:
 
     * Detectron2's own, or a state dict with Detectron2's names: returned as it is;
     * an MMDetection detector, without the copies of its EMA;
-    * an ImageNet backbone with MMCV's names, or with those of the WS authors, who call GroupNorm
-      layers ``bn``, without its classifier ``fc``.
+    * an ImageNet backbone with MMCV's names, or with the names of the WS authors, who call
+      GroupNorm layers ``bn``, without its classifier ``fc``.
 
     Returns:
         ``{"model": state dict, ...}``, as `DetectionCheckpointer` loads it.
@@ -77,7 +77,7 @@ def convert_to_detectron2(checkpoint: Any) -> dict[str, Any]:
         # Without a prefix, to be matched with the model's names: like Detectron2's own backbones.
         state = {key.removeprefix(_BACKBONE): value for key, value in backbone.items()}
         return {"model": state, "__author__": "MMCV", "matching_heuristics": True}
-    raise UserError(f"its parameters, such as {items[0][0]}, are of no known model.")
+    raise UserError(f"its parameters, such as {items[0][0]}, belong to no known model.")
 
 
 def convert_to_mmdet(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -101,5 +101,5 @@ def _rename(state: dict[str, Tensor], to_detectron2: bool) -> dict[str, Tensor]:
                 renamed[f"{target.format(*numbers)}.{parameter}"] = value
                 break
         else:
-            raise UserError(f"its parameter {key} is of no known model.")
+            raise UserError(f"its parameter {key} belongs to no known model.")
     return renamed

@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.utils.file_io import PathManager
 
-from ..checkpoint.checkpointer import find_checkpoint
+from ..checkpoint import find_checkpoint
 from ..config import check_choice, check_device
 from ..data import check_datasets
 from ..evaluation import check_evaluators

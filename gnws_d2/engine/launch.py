@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import glob
 import hashlib
-import itertools
 import logging
 import multiprocessing
 import os
@@ -206,20 +205,24 @@ def _is_running_here(owner: str) -> bool:
 
 def agree_on_kernels(cfg: CfgNode, device: torch.device) -> None:
     """
-    Check the Triton kernels that training or evaluation may use on `device`. If some fail on one
-    rank, have all ranks run PyTorch's own operators in place of them. Log which operators run.
+    Check the Triton kernels that training or evaluation may use on `device`. If they fail on one
+    rank, set ``MODEL.GNWS.KERNELS`` to "torch" on all ranks, with a warning.
+
+    Raises:
+        UserError: on all ranks, if they fail on one and the key is "triton".
     """
     dtypes = [torch.float32]
     if cfg.SOLVER.AMP.ENABLED:
         dtypes.append(getattr(torch, cfg.SOLVER.AMP.PRECISION))
-    checks = itertools.product(("group_norm", "weight_standardization"), dtypes)
-    failures = {check: choice.find_failure(*check, device) for check in checks}
-    for rank, of_rank in enumerate(comm.all_gather(failures)):
-        for (name, dtype), reason in of_rank.items():
-            if reason and not failures[name, dtype]:
-                choice.forbid(name, dtype, device, f"on rank {rank}, {reason}")
-    if comm.is_main_process():
-        logging.getLogger(__name__).info(choice.summarize())
+    reasons = filter(None, [choice.find_failure(dtype, device) for dtype in dtypes])
+    for rank, reason in enumerate(comm.all_gather(next(reasons, ""))):
+        if reason:
+            choice.refuse(cfg.MODEL.GNWS.KERNELS, f"on rank {rank}, {reason}")
+            cfg.defrost()
+            cfg.MODEL.GNWS.KERNELS = "torch"
+            cfg.freeze()
+            return
+    logging.getLogger(__name__).info("Triton kernels run on the GPU.")
 
 
 def check_ranks_agree(cfg: CfgNode, args: argparse.Namespace) -> None:

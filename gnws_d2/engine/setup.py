@@ -15,7 +15,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..config import choose_device, find_config_file, load_config
 from ..data import register_coco_datasets
-from ..modeling.backbone import check_kernels
+from ..modeling.backbone import check_keys
 from ..utils.errors import UserError
 from ..utils.files import atomic_write
 from ..utils.process import end_with_parent, keep_freed_memory
@@ -57,7 +57,7 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
                 handler.addFilter(lambda record: record.levelno > logging.DEBUG)
     logging.getLogger("detectron2.engine.train_loop").addFilter(_demote_traceback)
     runs_model = not (args.eval_only and cfg.TEST.PREDICTIONS)
-    if runs_model and cfg.MODEL.DEVICE != "cpu" and check_kernels(cfg) in ("auto", "triton"):
+    if runs_model and cfg.MODEL.DEVICE != "cpu" and check_keys(cfg) in ("auto", "triton"):
         agree_on_kernels(cfg, torch.empty(0, device=cfg.MODEL.DEVICE).device)
     config_file = Path(cfg.OUTPUT_DIR, "config.yaml")
     is_run = args.eval_only and Path(cfg.OUTPUT_DIR, "run.json").is_file()

@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from ..config import STOCK_CONFIG, flatten_config
-from ..layers import fold_ws_conv
+from ..layers import fold_for_inference
 
 # Our registered names, and Detectron2's for the same without weight standardization.
 STOCK_NAMES = {
@@ -35,5 +35,5 @@ def fold_model(model: nn.Module, cfg: CfgNode) -> tuple[nn.Module, CfgNode]:
     for node in (stock.MODEL.BACKBONE, stock.MODEL.ROI_BOX_HEAD, stock.MODEL.ROI_MASK_HEAD):
         node.NAME = STOCK_NAMES.get(node.NAME, node.NAME)
     folded = build_model(stock)
-    folded.load_state_dict(fold_ws_conv(copy.deepcopy(model)).state_dict())
+    folded.load_state_dict(fold_for_inference(copy.deepcopy(model)).state_dict())
     return folded.eval(), stock

@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from ..checkpoint import find_run_checkpoint
+from ..checkpoint import find_checkpoint
 from ..engine.train_net import run
 from ..report import make_report
 from ..utils.errors import UserError
@@ -76,7 +76,7 @@ def finetune(
         num_machines=1, machine_rank=0, dist_url="auto", dataset=[], opts=[*opts],
     )  # fmt: skip
     run(job)
-    best = find_run_checkpoint(output)
+    best = find_checkpoint(output)
     job.eval_only, job.resume, job.opts = True, False, [*opts, "MODEL.WEIGHTS", best]
     run(job)
     make_report(output, [])

@@ -1,4 +1,4 @@
-from .conversion import convert_ws_conv, fold_for_inference, fold_ws_conv
+from .conversion import convert_ws_conv, fold_for_inference
 from .group_norm import GroupNorm, group_norm
 from .weight_standardization import WSConv2d, standardize_weight
 
@@ -7,7 +7,6 @@ __all__ = [
     "WSConv2d",
     "convert_ws_conv",
     "fold_for_inference",
-    "fold_ws_conv",
     "group_norm",
     "standardize_weight",
 ]

@@ -1,22 +1,19 @@
-"""Conversion of Detectron2 models to GN+WS, and back to plain GN with the weights folded."""
+"""Conversion of Detectron2 models to GN+WS, and folding of the weights for inference."""
 
 import logging
 from itertools import pairwise
 from typing import Any
 
 import torch
-from detectron2.layers import Conv2d, CycleBatchNormList, FrozenBatchNorm2d
+from detectron2.layers import Conv2d
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from torch import nn
 
-from ..utils.compat import LayerNorm
 from .blocks import GNWSBasicBlock, GNWSBasicStem, GNWSBottleneckBlock
 from .group_norm import GNConv2d, GroupNorm
 from .weight_standardization import WSConv2d, standardize_weight_reference
 
-_NORM_LAYERS = (nn.GroupNorm, nn.BatchNorm2d, nn.SyncBatchNorm, CycleBatchNormList, LayerNorm)
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.GroupNorm: GroupNorm,
     BasicStem: GNWSBasicStem,
     BasicBlock: GNWSBasicBlock,
     BottleneckBlock: GNWSBottleneckBlock,
@@ -25,16 +22,12 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
 
 def convert_ws_conv(module: nn.Module, kernels: str = "auto") -> nn.Module:
     """
-    Turn every convolution in `module` that is followed by a norm into a :class:`WSConv2d`, in
+    Turn every convolution in `module` that is followed by a GroupNorm into a :class:`WSConv2d`, in
     place. Parameters and the state dict stay the same.
 
-    The norm is the ``norm`` of Detectron2's `Conv2d`, or the next layer of an
-    :class:`nn.Sequential` (Detectron2's `RetinaNetHead`). `FrozenBatchNorm2d` does not count: it is
-    a fixed affine map, after which standardized weights would let the activations explode.
-    Subclasses of `Conv2d` and deformable convolutions stay the same, as in MMDetection.
-
-    TorchScript compiles the result wherever it compiles Detectron2's own model; for backbones,
-    ``import detectron2.export.torchscript`` first, as for Detectron2's.
+    The GroupNorm is the ``norm`` of Detectron2's `Conv2d`, or the next layer of an
+    :class:`nn.Sequential` (Detectron2's `RetinaNetHead`). Subclasses of `Conv2d` and deformable
+    convolutions stay the same, as in MMDetection.
 
     Args:
         module: a model, or any part of one, of any Detectron2 architecture.
@@ -46,30 +39,29 @@ def convert_ws_conv(module: nn.Module, kernels: str = "auto") -> nn.Module:
         `module`
     """
     # New modules would not do: Detectron2's FPN and heads also keep theirs in plain lists.
-    convs: list[Any] = []
+    pairs: list[tuple[Any, Any]] = []
     for m in module.modules():
-        has_norm = type(m) is Conv2d and not isinstance(m.norm, (FrozenBatchNorm2d, type(None)))
-        if has_norm or isinstance(m, WSConv2d):
-            convs.append(m)
+        if type(m) in (Conv2d, WSConv2d) and isinstance(m.norm, nn.GroupNorm):
+            pairs.append((m, m.norm))
         elif isinstance(m, nn.Sequential):
             for conv, norm in pairwise(m):
-                if type(conv) in (nn.Conv2d, Conv2d) and isinstance(norm, _NORM_LAYERS):
-                    convs.append(conv)
+                if type(conv) in (nn.Conv2d, Conv2d, WSConv2d) and isinstance(norm, nn.GroupNorm):
+                    pairs.append((conv, norm))
                     for name in ("norm", "activation"):  # nn.Conv2d has neither
                         setattr(conv, name, getattr(conv, name, None))
-    for conv in convs:
+    for conv, norm in pairs:
         conv.__class__ = WSConv2d
         conv.kernels = kernels
-    if kernels != "reference":
-        for m in module.modules():
-            if type(m) in _FUSED and getattr(m, "affine", True) and _is_fusible(m):
-                m.__class__ = _FUSED[type(m)]
-            if isinstance(m, GroupNorm):
-                m.kernels = kernels
-    if not convs:
+        if kernels != "reference":
+            norm.__class__ = GroupNorm
+            norm.kernels = kernels
+    for m in module.modules():
+        if type(m) in _FUSED and isinstance(m.conv1.norm, GroupNorm):
+            m.__class__ = _FUSED[type(m)]
+    if not pairs:
         logging.getLogger(__name__).warning(
-            f"{type(module).__name__} has no convolution followed by a norm and stays the same: "
-            'build it with "GN" in the NORM keys of its config.'
+            f"{type(module).__name__} has no convolution followed by a GroupNorm and stays the "
+            'same: build it with "GN" in the NORM keys of its config.'
         )
     return module
 
@@ -79,7 +71,8 @@ def fold_for_inference(module: nn.Module) -> nn.Module:
     """
     Replace every :class:`WSConv2d` in `module` by a convolution with its standardized weight, in
     place. The module gives the same outputs without standardizing in each forward, and is for
-    inference only: fold a deep copy of a model that is still to be trained or saved.
+    inference only: fold a deep copy of a model that is still to be trained or saved. The state dict
+    of the result loads into the same model of Detectron2's own layers.
 
     Returns:
         `module`
@@ -94,28 +87,3 @@ def fold_for_inference(module: nn.Module) -> nn.Module:
             m.weight = nn.Parameter(weight, m.weight.requires_grad)
             m.__class__ = GNConv2d
     return module
-
-
-def fold_ws_conv(module: nn.Module) -> nn.Module:
-    """
-    Undo :func:`convert_ws_conv`, but with standardized weights, in place. The module gives the same
-    outputs with Detectron2's own layers, for deployment; training it is training a plain GN model.
-
-    Returns:
-        `module`
-    """
-    stock = {fused: plain for plain, fused in [*_FUSED.items(), (Conv2d, GNConv2d)]}
-    for m in fold_for_inference(module).modules():
-        if isinstance(m, GNConv2d):
-            m.weight.data = m.weight.data.contiguous()
-        m.__class__ = stock.get(type(m), type(m))
-    return module
-
-
-def _is_fusible(module: nn.Module) -> bool:
-    """True if every convolution in `module` is a :class:`GNConv2d` with a GroupNorm."""
-    return all(
-        isinstance(m, GNConv2d) and isinstance(m.norm, nn.GroupNorm)
-        for m in module.modules()
-        if isinstance(m, nn.Conv2d)
-    )

@@ -41,13 +41,12 @@ def group_norm(
     Raises:
         UserError: see `kernels`.
     """
-    if not torch.jit.is_scripting():
-        triton = find_kernels("group_norm", kernels, x, num_groups)
-        if triton is not None:
-            return triton.group_norm(x, num_groups, weight, bias, eps, residual, relu)
-        if autocast_dtype(x.device) is not None:
-            with torch.autocast(x.device.type, enabled=False):
-                return group_norm(x, num_groups, weight, bias, eps, residual, relu, "torch")
+    triton = find_kernels("group_norm", kernels, x, x.dtype, num_groups)
+    if triton is not None:
+        return triton.group_norm(x, num_groups, weight, bias, eps, residual, relu)
+    if autocast_dtype(x.device) is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            return group_norm(x, num_groups, weight, bias, eps, residual, relu, "torch")
     x = F.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     if residual is not None:
         x += residual
@@ -68,11 +67,8 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """See :func:`group_norm`."""
-        kernels = "torch"
-        if not torch.jit.is_scripting():  # which sees no attributes of the class
-            kernels = self.kernels
         return group_norm(
-            x, self.num_groups, self.weight, self.bias, self.eps, residual, relu, kernels
+            x, self.num_groups, self.weight, self.bias, self.eps, residual, relu, self.kernels
         )
 
 
@@ -98,12 +94,11 @@ class GNConv2d(Conv2d):
         """
         weight = self.get_weight()
         x = F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        if not torch.jit.is_scripting():
-            if isinstance(self.norm, GroupNorm):
-                if self.activation is None:
-                    return self.norm(x, residual, relu)
-                if isinstance(self.activation, nn.ReLU) and residual is None:
-                    return self.norm(x, relu=True)
+        if isinstance(self.norm, GroupNorm):
+            if self.activation is None:
+                return self.norm(x, residual, relu)
+            if isinstance(self.activation, nn.ReLU) and residual is None:
+                return self.norm(x, relu=True)
         if self.norm is not None:
             x = self.norm(x)
         if self.activation is not None:

@@ -41,7 +41,7 @@ def standardize_weight(
     dtype = dtype or weight.dtype
     if torch.jit.is_tracing():  # a trace has no autograd functions
         return standardize_weight_reference(weight, eps).to(dtype)
-    triton = find_kernels("weight_standardization", kernels, weight, dtype, dtype=dtype)
+    triton = find_kernels("weight_standardization", kernels, weight, dtype)
     if torch.is_grad_enabled() and weight.requires_grad:
         return _StandardizeWeight.apply(weight, eps, dtype, triton)
     return _standardize(weight, eps, dtype, triton)[0]
@@ -113,10 +113,9 @@ class WSConv2d(GNConv2d):
 
     def get_weight(self) -> Tensor:
         """Return the standardized weight, in the dtype of autocast if that is on."""
-        if not torch.jit.is_scripting():  # TorchScript compiles the formula alone
-            if self.kernels != "reference":
-                dtype = self.weight.dtype
-                if dtype != torch.float64:  # which autocast does not cast
-                    dtype = autocast_dtype(self.weight.device) or dtype
-                return standardize_weight(self.weight, dtype=dtype, kernels=self.kernels)
-        return standardize_weight_reference(self.weight)
+        if self.kernels == "reference":
+            return standardize_weight_reference(self.weight)
+        dtype = self.weight.dtype
+        if dtype != torch.float64:  # which autocast does not cast
+            dtype = autocast_dtype(self.weight.device) or dtype
+        return standardize_weight(self.weight, dtype=dtype, kernels=self.kernels)

@@ -56,7 +56,7 @@ def build_resnet_gnws_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 
 def _initialize(resnet: ResNet, cfg: CfgNode) -> None:
-    if "GNWS" in cfg.MODEL and cfg.MODEL.GNWS.ZERO_INIT_RESIDUAL:
+    if cfg.MODEL.GNWS.ZERO_INIT_RESIDUAL:
         for block in resnet.modules():
             if isinstance(block, CNNBlockBase) and not isinstance(block, BasicStem):
                 last = block.conv2 if isinstance(block, BasicBlock) else block.conv3
@@ -82,28 +82,16 @@ def _recompute(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def check_keys(cfg: CfgNode, *sections: str) -> str:
     """
-    Returns:
-        See :func:`check_kernels`.
+    Check the config keys of a GN+WS model, and return ``MODEL.GNWS.KERNELS``.
 
     Raises:
-        UserError: if ``MODEL.GNWS.KERNELS`` is unknown, or the ``NORM`` of one of the `sections` of
-            ``cfg.MODEL`` is not "GN" (Detectron2's defaults are frozen BatchNorm and none).
+        UserError: if that is unknown, or if the ``NORM`` of one of the `sections` of ``cfg.MODEL``
+            is not "GN" (Detectron2's defaults are frozen BatchNorm and none).
     """
     for section in sections:
         key, norm = f"MODEL.{section}.NORM", cfg.MODEL[section].NORM
         if norm != "GN":
             raise UserError(f'{key} is "{norm}", but a GN+WS model needs GroupNorm: set {key} GN.')
-    return check_kernels(cfg)
-
-
-def check_kernels(cfg: CfgNode) -> str:
-    """
-    Returns:
-        ``MODEL.GNWS.KERNELS``; "auto" for a config without our keys.
-
-    Raises:
-        UserError: if it is unknown.
-    """
-    kernels = cfg.MODEL.GNWS.KERNELS if "GNWS" in cfg.MODEL else "auto"
+    kernels = cfg.MODEL.GNWS.KERNELS
     check_choice("MODEL.GNWS.KERNELS", kernels, ("auto", "triton", "torch", "reference"))
     return kernels

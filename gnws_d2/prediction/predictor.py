@@ -14,12 +14,12 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from .. import model_zoo
-from ..checkpoint import GNWSCheckpointer, find_run_checkpoint, read_config
+from ..checkpoint import GNWSCheckpointer, find_checkpoint, read_config
 from ..config import check_device, choose_device, load_config
 from ..data.coco import class_metadata
 from ..data.transforms import OpenCVResizeShortestEdge
 from ..layers import fold_for_inference
-from ..modeling.backbone import check_kernels
+from ..modeling.backbone import check_keys
 from ..utils.errors import UserError
 from ..utils.process import keep_freed_memory
 from .test_time_augmentation import with_tta
@@ -47,14 +47,13 @@ def find_trained(
     if model in model_zoo.names() and not is_run:
         config_file, weights = model_zoo.get_config_file(model), model_zoo.get_checkpoint_url(model)
     elif os.path.exists(model):
-        weights = find_run_checkpoint(model) if os.path.isdir(model) else model
-        config_file = os.path.join(os.path.dirname(weights or model), "config.yaml")
-        text = read_config(weights) if weights else ""
-        if not weights or not (text or os.path.isfile(config_file)):
-            what = "it has no config.yaml" if weights else "it has no checkpoint"
+        weights = find_checkpoint(model)
+        config_file = os.path.join(os.path.dirname(weights), "config.yaml")
+        text = read_config(weights)
+        if not (text or os.path.isfile(config_file)):
             raise UserError(
-                f"{model} is not a trained model: {what}. Name the OUTPUT_DIR of a run, or a "
-                "checkpoint in it."
+                f"{model} is not a trained model: it has no config.yaml. Name the OUTPUT_DIR of a "
+                "run, or a checkpoint in it."
             )
     else:
         near = difflib.get_close_matches(model, model_zoo.names(), n=3, cutoff=0)
@@ -85,7 +84,7 @@ class Predictor(DefaultPredictor):
     def __init__(self, cfg: CfgNode):
         """Raise :class:`UserError` if ``MODEL.DEVICE`` or ``MODEL.WEIGHTS`` cannot be used."""
         check_device(cfg)
-        if cfg.MODEL.DEVICE == "cpu" and check_kernels(cfg) != "reference":
+        if cfg.MODEL.DEVICE == "cpu" and check_keys(cfg) != "reference":
             keep_freed_memory()
         self.cfg = cfg.clone()
         self.model = build_model(self.cfg).eval()

@@ -14,11 +14,6 @@ from detectron2.utils import comm
 # Detectron2 after v0.6 (2022-01) launches several processes without a GPU.
 LAUNCHES_ON_CPU = hasattr(comm, "create_local_process_group")
 
-try:  # Detectron2 after v0.6 (2022-07)
-    from detectron2.layers.batch_norm import LayerNorm
-except ImportError:
-    LayerNorm = ()  # no type, for `isinstance`
-
 
 def create_local_process_group(num_workers_per_machine: int) -> None:
     """:func:`comm.create_local_process_group`, which Detectron2 v0.6 has within its launcher."""

@@ -4,7 +4,6 @@ import re
 import signal
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,15 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from gnws_d2 import model_zoo
-from gnws_d2.checkpoint import GNWSCheckpointer, convert_to_detectron2, load_checkpoint
-from gnws_d2.checkpoint.checkpointer import describe, save_checkpoint
-from gnws_d2.layers import fold_ws_conv
+from gnws_d2.checkpoint import (
+    GNWSCheckpointer,
+    convert_to_detectron2,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from gnws_d2.checkpoint.checkpointer import describe
+from gnws_d2.export import fold_model
 from gnws_d2.utils.errors import UserError
 
 FASTER, MASK = "faster_rcnn_R50_gnws_1x", "mask_rcnn_R50_gnws_2x"
@@ -73,8 +78,6 @@ def test_classes_are_recorded_and_others_are_refused(tmp_path, caplog):
 @pytest.mark.parametrize(
     "given, built, seems, builds",
     [
-        ("mask_rcnn_R101_gnws_2x", MASK, "Mask R-CNN R-101-FPN with 80", "Mask R-CNN R-50-FPN"),
-        (MASK, "mask_rcnn_R101_gnws_2x", "Mask R-CNN R-50-FPN with 80", "Mask R-CNN R-101-FPN"),
         ("mask_rcnn_X50_32x4d_gnws_2x", MASK, "Mask R-CNN X-50-32x4d-FPN", "Mask R-CNN R-50-FPN"),
         (FASTER, MASK, "Faster R-CNN R-50-FPN with 80", "Mask R-CNN R-50-FPN with 80"),
         (MASK, FASTER, "Mask R-CNN R-50-FPN with 80", "Faster R-CNN R-50-FPN with 80"),
@@ -121,12 +124,10 @@ def test_training_starts_from_a_backbone(save):
         GNWSCheckpointer(model, strict=True).load(path)
 
 
-@pytest.mark.parametrize("name", ["faster_rcnn_R101_gnws_1x", "faster_rcnn_X50_32x4d_gnws_1x"])
-def test_training_does_not_start_from_the_backbone_of_another_network(save, name):
-    with pytest.raises(UserError, match=r"seems to be an [RX]-.* backbone"):
-        GNWSCheckpointer(build(FASTER)).load(save(backbone(name)))
-    with pytest.raises(UserError, match="seems to be an R-50 backbone"):
-        GNWSCheckpointer(build(name)).load(save(backbone(FASTER)))
+def test_training_does_not_start_from_the_backbone_of_another_network(save):
+    path = save(backbone("faster_rcnn_X50_32x4d_gnws_1x"))
+    with pytest.raises(UserError, match="seems to be an X-50-32x4d backbone"):
+        GNWSCheckpointer(build(FASTER)).load(path)
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -149,7 +150,8 @@ def test_fine_tuning_on_other_classes_keeps_new_predictors_and_says_so_in_one_li
 
 
 def test_plain_group_norm_checkpoint_warns_and_the_other_way_round(tmp_path, caplog):
-    model, plain = build(FASTER), fold_ws_conv(build(FASTER))
+    model = build(FASTER)
+    plain, _ = fold_model(model, model_zoo.get_config(FASTER))
     GNWSCheckpointer(model, str(tmp_path)).save("gnws")
     GNWSCheckpointer(plain, str(tmp_path)).save("gn")
     for m, name, warns in (
@@ -179,26 +181,13 @@ class _Malicious:
 
 
 @pytest.mark.parametrize(
-    "content, message",
-    [
-        (b"", "is damaged"),
-        (b"garbage", "is damaged"),
-        (b"<!DOCTYPE html><html>Not found</html>", "is damaged, or .* a web page"),
-        (pickle.dumps({"model": {}}), "is damaged, or .* a pickle"),
-    ],
+    "content", [b"", b"<!DOCTYPE html><html>Not found</html>", pickle.dumps({"model": {}})]
 )
-def test_file_that_is_no_checkpoint_is_named(tmp_path, content, message):
+def test_file_that_is_not_a_checkpoint_is_named(tmp_path, content):
     path = tmp_path / "given.pth"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=f"{path} {message}"):
+    with pytest.raises(UserError, match=f"{path} is damaged, or not a .* a web page or a pickle"):
         load_checkpoint(str(path))
-
-
-def test_truncated_checkpoint_is_named(save):
-    path = save({"state_dict": mmdet_state(FASTER)})
-    os.truncate(path, os.path.getsize(path) // 2)
-    with pytest.raises(UserError, match=f"{path} is damaged"):
-        load_checkpoint(path)
 
 
 @pytest.mark.parametrize("zip_format", [True, False])
@@ -211,38 +200,26 @@ def test_code_in_a_checkpoint_is_not_run(save, tmp_path, zip_format):
     assert not (tmp_path / "ran").exists()
 
 
-def test_pickle_of_the_zoo_and_code_in_any_format_are_not_run_by_the_checkpointer(tmp_path):
-    """Detectron2 itself unpickles .pkl files, and its proposals."""
-    for i, suffix in enumerate((".pkl", ".pth", ".pyth", "")):
-        for j, content in enumerate((_Malicious(tmp_path / "ran"), {"model": {}})):
-            path = tmp_path / f"model{i}{j}{suffix}"
-            path.write_bytes(pickle.dumps({"model": content, "__author__": "x"}, protocol=2))
-            with pytest.raises(UserError, match=f"{path} .*(refused|a pickle)"):
-                GNWSCheckpointer(torch.nn.Linear(2, 2)).load(str(path))
+@pytest.mark.parametrize("suffix", [".pkl", ".pyth", ""])
+def test_code_is_not_run_whatever_the_name(tmp_path, suffix):
+    """Detectron2 itself unpickles .pkl files."""
+    path = tmp_path / f"model{suffix}"
+    content = {"model": _Malicious(tmp_path / "ran"), "__author__": "x"}
+    path.write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(UserError, match=f"{path} .*(refused|a pickle)"):
+        GNWSCheckpointer(torch.nn.Linear(2, 2)).load(str(path))
     assert not (tmp_path / "ran").exists()
 
 
 NAME = "backbone.bottom_up.a"
 
 
-@pytest.mark.parametrize("zip_format", [True, False])
-def test_more_values_than_there_are_is_an_error_without_the_memory(save, zip_format):
-    path = save({NAME: torch.zeros(1000)}, _use_new_zipfile_serialization=zip_format)
-    entries = {}
-    if zip_format:
-        with zipfile.ZipFile(path) as z:
-            entries = {name: z.read(name) for name in z.namelist()}
-    else:
-        entries = {path: Path(path).read_bytes()}
+def test_tensor_that_claims_more_values_than_it_has_is_an_error(save):
+    path = save({NAME: torch.zeros(1000)}, _use_new_zipfile_serialization=False)
     number, absurd = b"M\xe8\x03", b"\x8a\x06" + (10**13).to_bytes(6, "little")
-    assert any(number in content for content in entries.values())
-    entries = {name: content.replace(number, absurd) for name, content in entries.items()}
-    if zip_format:
-        with zipfile.ZipFile(path, "w") as z:
-            for name, content in entries.items():
-                z.writestr(name, content)
-    else:
-        Path(path).write_bytes(entries[path])
+    content = Path(path).read_bytes()
+    assert number in content
+    Path(path).write_bytes(content.replace(number, absurd))
     with pytest.raises(UserError, match=path):
         load_checkpoint(path)
 
@@ -261,12 +238,6 @@ def test_state_dict_of_other_things_than_tensors_is_named(save, value):
         load_checkpoint(path)
 
 
-def test_batch_norm_model_is_refused(save):
-    state = backbone(FASTER) | {"bn1.running_mean": torch.zeros(64)}
-    with pytest.raises(UserError, match="BatchNorm"):
-        load_checkpoint(save(state))
-
-
 def test_no_checkpoint_is_an_error_only_where_one_is_needed():
     GNWSCheckpointer(build(FASTER)).load("")
     with pytest.raises(UserError, match=r"MODEL.WEIGHTS is empty"):
@@ -275,24 +246,22 @@ def test_no_checkpoint_is_an_error_only_where_one_is_needed():
 
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"gone.pth does not exist"):
-        load_checkpoint(str(tmp_path / "gone.pth"))
+        find_checkpoint(str(tmp_path / "gone.pth"))
 
 
-@pytest.mark.parametrize("strict", [True, False])
-def test_url_that_cannot_be_read_is_one_sentence(server, tmp_path, monkeypatch, strict):
+def test_url_that_cannot_be_read_is_one_sentence(server, tmp_path, monkeypatch):
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
     for url, reason in (
         ("http://127.0.0.1:9/model.pth", "Connection refused"),
-        ("http://no-such-host.invalid/model.pth", "<urlopen error"),
         (f"{server.url}/gone.pth", "404"),
         ("http://[::1/model.pth", "Invalid IPv6 URL"),
     ):
         with pytest.raises(UserError) as e:
-            GNWSCheckpointer(torch.nn.Linear(2, 2), strict=strict).load(url)
+            find_checkpoint(url)
         message = str(e.value)
-        assert f"Cannot download MODEL.WEIGHTS {url}: " in message and reason in message
+        assert f"Cannot download the checkpoint {url}: " in message and reason in message
     with pytest.raises(UserError, match=r"s4://model.pth does not exist"):
-        GNWSCheckpointer(torch.nn.Linear(2, 2), strict=strict).load("s4://model.pth")
+        find_checkpoint("s4://model.pth")
 
 
 def test_checkpoint_is_loaded_from_a_url(server, save, tmp_path, monkeypatch):
@@ -329,7 +298,7 @@ def test_describe(name):
 
 
 class Counter:
-    """A stateful object that a checkpoint holds besides the model."""
+    """A stateful object that a checkpoint holds in addition to the model."""
 
     def __init__(self):
         self.count = 0
@@ -427,9 +396,8 @@ GNWSCheckpointer(torch.nn.Linear(2, 2), sys.argv[1]).save(sys.argv[2], iteration
 """
 
 
-@pytest.mark.parametrize("name", ["model_2", "model_3"])
+@pytest.mark.parametrize("name", ["model_2", "model_3"], ids=["over another", "new"])
 def test_kill_while_writing_leaves_the_checkpoints_as_they_were(checkpoints, name):
-    """Over one of its own name, and over none."""
     before = {p.name: p.read_bytes() for p in checkpoints.iterdir()}
     done = subprocess.run([sys.executable, "-c", KILLED, str(checkpoints), name])
     assert done.returncode == -signal.SIGKILL

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ASSETS, mmdet_state
+from conftest import mmdet_state
 from detectron2.modeling import build_model
 
 from gnws_d2 import model_zoo
@@ -19,10 +19,6 @@ def build(name):
     cfg = model_zoo.get_config(name)
     cfg.MODEL.DEVICE = "cpu"
     return build_model(cfg)
-
-
-def test_key_files_are_of_the_eight_networks():
-    assert len(list((ASSETS / "mmdet_keys").iterdir())) == len(NAMES) == 8
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -417,16 +417,20 @@ def test_output_dir_that_cannot_be_written_is_named(tmp_path, fails):
 
 
 def _check_kernels(rank, store, queue):
-    """A rank, on whose GPU GroupNorm in float16 is wrong if it is the second; what it runs."""
+    """A rank, on whose GPU the kernels in float16 are wrong if it is the second; what it runs."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     choice.has_triton = lambda device: True
-    choice.find_difference = lambda kernels, dtype, device: (
-        "a lot" if rank == 1 and dtype == torch.float16 and hasattr(kernels, "group_norm") else ""
+    choice.find_difference = lambda dtype, device: (
+        "a lot" if rank == 1 and dtype == torch.float16 else ""
     )
-    device = torch.device("cpu")
-    agree_on_kernels(load_config("quick_start", ["SOLVER.AMP.ENABLED", "True"]), device)
-    reason = choice.find_failure("group_norm", torch.float16, device)
-    queue.put([rank, choice.summarize(), reason])
+    for half_precision, kernels in (("False", "auto"), ("True", "auto"), ("True", "triton")):
+        opts = ["SOLVER.AMP.ENABLED", half_precision, "MODEL.GNWS.KERNELS", kernels]
+        cfg = load_config("quick_start", opts)
+        try:
+            agree_on_kernels(cfg, torch.device("cpu"))
+            queue.put([rank, cfg.MODEL.GNWS.KERNELS])
+        except UserError as e:
+            queue.put([rank, str(e)])
     dist.barrier()
     dist.destroy_process_group()
 
@@ -440,14 +444,10 @@ def test_all_ranks_refuse_kernels_that_fail_on_one(tmp_path):
     ]
     for process in processes:
         process.start()
-    results = sorted(queue.get(timeout=120) for _ in processes)
+    results = [queue.get(timeout=120) for _ in range(6)]
     for process in processes:
         process.join()
-    kernels = "group_norm in float32, weight_standardization in float32, "
-    summary = (
-        f"On the GPU: Triton kernels for {kernels}weight_standardization in float16; "
-        "PyTorch's own operators for group_norm in float16."
-    )
-    failure = "the kernels of group_norm in torch.float16 fail their check (a lot; "
-    assert [summaries for _, summaries, _ in results] == [summary, summary]
-    assert results[0][2].startswith(f"on rank 1, {failure}") and results[1][2].startswith(failure)
+    for rank in range(2):
+        right, wrong, forced = (result for of, result in results if of == rank)
+        assert (right, wrong) == ("auto", "torch")
+        assert '"triton", but on rank 1, the kernels fail their check in torch.float16' in forced

@@ -11,44 +11,39 @@ from test_weight_standardization import formula
 from torch import nn
 from torch.nn import functional as F
 
-from gnws_d2.layers import (
-    GroupNorm,
-    WSConv2d,
-    convert_ws_conv,
-    fold_for_inference,
-    fold_ws_conv,
-)
+from gnws_d2.layers import GroupNorm, WSConv2d, convert_ws_conv, fold_for_inference
 from gnws_d2.layers.group_norm import GNConv2d
 from gnws_d2.layers.weight_standardization import standardize_weight_reference
 
 
-def test_convert_leaves_convolutions_without_norm():
+def test_only_convolutions_with_a_group_norm_are_converted():
     model = nn.Sequential(
         Conv2d(32, 32, 3),
         nn.Conv2d(32, 32, 3),
         nn.ReLU(),
         Conv2d(32, 32, 3, norm=get_norm("FrozenBN", 32)),
-        Conv2d(32, 32, 3, norm=get_norm(lambda channels: nn.InstanceNorm2d(channels), 32)),
+        Conv2d(32, 32, 3, norm=get_norm("BN", 32)),
+        Conv2d(32, 32, 3, norm=get_norm("GN", 32)),
     )
     types = [type(m) for m in model]
     assert convert_ws_conv(model) is model
     assert [type(m) for m in model] == [*types[:-1], WSConv2d]
 
 
-def test_convert_leaves_deformable_convolutions():
+def test_conversion_leaves_deformable_convolutions():
     pytest.importorskip("detectron2._C")
     model = nn.Sequential(DeformConv(32, 32, 3, norm=get_norm("GN", 32)))
     assert type(convert_ws_conv(model)[0]) is DeformConv
 
 
-def test_convert_warns_where_there_is_nothing_to_convert(caplog):
+def test_conversion_warns_where_there_is_nothing_to_convert(caplog):
     """As in Detectron2's configs with frozen BatchNorm."""
     convert_ws_conv(nn.Sequential(Conv2d(32, 32, 3, norm=get_norm("FrozenBN", 32))))
     assert '"GN" in the NORM keys' in caplog.text
 
 
 @retinanet_with_gn
-def test_convert_reaches_the_convolutions_of_retinanets_head():
+def test_conversion_reaches_the_convolutions_of_retinanets_head():
     """They are plain nn.Conv2d followed by a norm in an nn.Sequential."""
     torch.manual_seed(0)
     head = RetinaNetHead(
@@ -94,16 +89,6 @@ def test_fold_for_inference_standardizes_the_weights_once(blocks, kernels):
     assert all(map(torch.equal, folded.parameters(), weights))
 
 
-def test_fold_of_a_deep_copy_leaves_the_model_to_train(blocks):
-    model = convert_ws_conv(blocks)
-    before = copy.deepcopy(model.state_dict())
-    fold_for_inference(copy.deepcopy(model))
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-    x = torch.randn(1, 3, 64, 64)
-    model[2](model[0](x)).sum().backward()
-    assert isinstance(model[0].conv1, WSConv2d) and model[0].conv1.weight.grad.abs().max() > 0
-
-
 def test_fold_standardizes_a_shared_weight_once():
     convs = nn.Sequential(*(Conv2d(8, 8, 3, norm=get_norm("GN", 32)) for _ in range(2)))
     convs[1].weight = convs[0].weight
@@ -120,17 +105,6 @@ def test_fold_in_autocast_convolves_in_bfloat16():
         out = fold_for_inference(conv)(x)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out, expected)
-
-
-def test_fold_ws_conv_leaves_detectron2s_own_modules(blocks):
-    plain = blocks
-    model = convert_ws_conv(copy.deepcopy(plain))
-    x = torch.randn(1, 3, 64, 64)
-    outputs = [model[0](x), model[2](model[0](x))]
-    assert fold_ws_conv(model) is model
-    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
-    folded = [model[0](x), model[2](model[0](x))]
-    torch.testing.assert_close(folded, outputs)
 
 
 def test_reference_kernels_leave_norms_and_blocks_as_they_are():

@@ -60,10 +60,9 @@ def test_empty_input():
     assert GroupNorm(32, 64)(torch.zeros(0, 64, 3, 3), relu=True).shape == (0, 64, 3, 3)
 
 
-@pytest.mark.parametrize("scripted", [False, True], ids=["eager", "scripted"])
 @pytest.mark.parametrize("activation", [None, nn.ReLU()], ids=["", "activation"])
 @pytest.mark.parametrize("norm", ["GN", "BN", "", "fused GN"])
-def test_convolution_is_detectron2s_followed_by_residual_and_relu(norm, activation, scripted):
+def test_convolution_is_detectron2s_followed_by_residual_and_relu(norm, activation):
     torch.manual_seed(0)
     plain = Conv2d(8, 32, 3, norm=get_norm(norm.split()[-1] if norm else "", 32),
                    activation=activation)  # fmt: skip
@@ -71,9 +70,8 @@ def test_convolution_is_detectron2s_followed_by_residual_and_relu(norm, activati
     conv.__class__ = GNConv2d
     if norm == "fused GN":
         conv.norm.__class__ = GroupNorm
-    run = torch.jit.script(conv) if scripted else conv
     x, residual = torch.randn(2, 8, 6, 6), torch.randn(2, 32, 4, 4)
-    torch.testing.assert_close(run(x), plain(x))
-    torch.testing.assert_close(run(x, relu=True), plain(x).relu())
-    torch.testing.assert_close(run(x, residual), plain(x) + residual)
-    torch.testing.assert_close(run(x, residual, relu=True), (plain(x) + residual).relu())
+    torch.testing.assert_close(conv(x), plain(x))
+    torch.testing.assert_close(conv(x, relu=True), plain(x).relu())
+    torch.testing.assert_close(conv(x, residual), plain(x) + residual)
+    torch.testing.assert_close(conv(x, residual, relu=True), (plain(x) + residual).relu())

@@ -49,21 +49,11 @@ def kernel():
     return kernel
 
 
-def test_kernels_are_launched_directly_from_the_second_time_on(kernel):
-    x = torch.zeros(32)
-    for number in (5, 6, 7):
-        kernel.launch((x,), (number,), (True,), (x.dtype,), 4)
-    assert kernel.by_triton == [(x, 5, True)]
-    fixed = (3, 2, 1, "stream", "function", "metadata", None, None, None)
-    (compiled,) = kernel.compiled
-    assert compiled.launched == [(*fixed, x.data_ptr(), number, True) for number in (6, 7)]
-
-
 def test_triton_launches_each_time_in_versions_that_were_not_read(kernel, monkeypatch):
     monkeypatch.setattr(launch, "_DIRECT", launch.can_launch_directly("3.10.0"))
     x = torch.zeros(32)
     for number in (5, 6, 7):
-        kernel.launch((x,), (number,), (True,), (x.dtype,), 4)
+        kernel.launch((x,), (number,), (True,), 4)
     assert kernel.by_triton == [(x, number, True) for number in (5, 6, 7)]
     assert all(compiled.launched == [] for compiled in kernel.compiled)
 
@@ -84,18 +74,23 @@ def test_versions_that_were_read(version, direct):
     assert launch.can_launch_directly(version) is direct
 
 
-def test_other_types_constants_and_alignments_are_compiled_apart(kernel):
+def test_kernels_are_launched_directly_only_if_compiled_for_the_arguments(kernel):
+    """For their types, constants, number of warps, and addresses that are multiples of 16."""
     x = torch.zeros(32)
-    kernel.launch((x,), (5,), (True,), (x.dtype,), 4)
-    kernel.launch((x[1:],), (5,), (True,), (x.dtype,), 4)  # not aligned to 16 bytes
-    kernel.launch((x[1:],), (5,), (True,), (x.dtype,), 4)
-    kernel.launch((x,), (5,), (False,), (x.dtype,), 4)
-    kernel.launch((x,), (5,), (True,), (torch.float16,), 4)
-    kernel.launch((x,), (5,), (True,), (x.dtype,), 8)
+    launches = [
+        ((x,), (5,), (True,), 4),
+        ((x[1:],), (5,), (True,), 4),
+        ((x[1:],), (5,), (True,), 4),
+        ((x,), (5,), (False,), 4),
+        ((x.half(),), (5,), (True,), 4),
+        ((x,), (5,), (True,), 8),
+    ]
+    for arguments in launches:
+        kernel.launch(*arguments)
     assert len(kernel.by_triton) == 6
     assert all(compiled.launched == [] for compiled in kernel.compiled)
-    kernel.launch((x,), (5,), (True,), (x.dtype,), 4)
-    assert len(kernel.by_triton) == 6
+    kernel.launch((x,), (6,), (True,), 4)
+    assert len(kernel.by_triton) == 6 and len(kernel.compiled[0].launched) == 1
 
 
 @pytest.mark.skipif(
@@ -114,8 +109,7 @@ def test_direct_launch_passes_what_triton_passes(monkeypatch):
     monkeypatch.setattr(kernel, "_do_compile", lambda *args: compiled)
     tensors = (torch.zeros(8, 16), torch.zeros(8, 16), torch.zeros(8))
     for _ in range(2):
-        dtypes = (torch.float32, torch.float32)
-        launch.launch(kernel, (8, 1), tensors, (16, 1, 1e-5), (16,), dtypes, 1)
+        launch.launch(kernel, (8, 1), tensors, (16, 1, 1e-5), (16,), 1)
     by_triton, directly = compiled.launched
     assert directly[:6] == by_triton[:6] == (8, 1, 1, "stream", "function", "metadata")
     assert directly[6:9] == (None, None, None)  # launch_metadata and the hooks of profilers

@@ -2,26 +2,12 @@ import filecmp
 import hashlib
 import re
 
-import cv2
 import pytest
 import torch
 from conftest import ROOT, mmdet_state
-from detectron2.engine import DefaultPredictor
 
 from gnws_d2 import model_zoo
 from gnws_d2.checkpoint import catalog
-
-SCHEDULES = ("1x", "2x", "20_23_24e")
-
-
-def test_names_are_the_twelve_models_in_table_order():
-    expected = [f"faster_rcnn_{backbone}_gnws_1x" for backbone in backbones()]
-    expected += [f"mask_rcnn_{b}_gnws_{s}" for s in ("2x", "20_23_24e") for b in backbones()]
-    assert model_zoo.names() == expected
-
-
-def backbones():
-    return ("R50", "R101", "X50_32x4d", "X101_32x4d")
 
 
 def test_config_files_are_those_of_the_repository():
@@ -55,20 +41,6 @@ def test_get_builds_the_model_with_its_weights(tmp_path, monkeypatch):
     assert model.training and model.device.type == "cpu"
     assert not hasattr(model.roi_heads, "mask_head")
     assert torch.equal(model.backbone.fpn_output3.weight, state["neck.fpn_convs.1.conv.weight"])
-
-
-def test_default_predictor_runs_on_a_photograph(photographs):
-    cfg = model_zoo.get_config("mask_rcnn_R50_gnws_2x")
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.WEIGHTS = ""
-    cfg.INPUT.MIN_SIZE_TEST = 200
-    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 100
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
-    image = cv2.imread(str(photographs.images / "0.jpg"))
-    instances = DefaultPredictor(cfg)(image)["instances"]
-    assert instances.image_size == image.shape[:2]
-    assert len(instances) == 100
-    assert instances.pred_masks.shape == (100, *image.shape[:2])
 
 
 def test_readme_has_the_table():

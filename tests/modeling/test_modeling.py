@@ -5,13 +5,12 @@ import pytest
 import torch
 from conftest import mmdet_state, retinanet_with_gn
 from detectron2 import model_zoo as d2_model_zoo
-from detectron2.layers import ShapeSpec
+from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone, build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from gnws_d2 import Predictor, model_zoo
-from gnws_d2.config import STOCK_CONFIG
 from gnws_d2.layers import (
     GroupNorm,
     WSConv2d,
@@ -20,7 +19,6 @@ from gnws_d2.layers import (
     standardize_weight,
 )
 from gnws_d2.modeling import checkpoint_activations
-from gnws_d2.utils import process
 from gnws_d2.utils.errors import UserError
 
 
@@ -102,21 +100,12 @@ def test_folded_model_gives_the_same():
     assert [w.is_contiguous(memory_format=torch.channels_last) for w in weights] == [False, True]
 
 
-def test_backbone_can_be_scripted_and_traced():
-    """As Detectron2's can: torch.jit.script needs the patches of detectron2.export.torchscript."""
-    import detectron2.export.torchscript  # noqa: F401
-
+def test_backbone_can_be_traced():
+    """As Detectron2's can, for instance by fvcore's counts of operations."""
     torch.manual_seed(0)
     backbone = build_backbone(get_config()).double()
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
-    expected = backbone(x)
-    torch.testing.assert_close(torch.jit.script(backbone)(x), expected)
-    torch.testing.assert_close(torch.jit.trace(backbone, x, strict=False)(x), expected)
-
-
-def test_building_a_model_leaves_the_memory_settings_of_the_process(monkeypatch):
-    monkeypatch.setattr(process, "ctypes", None)
-    build_backbone(get_config())
+    torch.testing.assert_close(torch.jit.trace(backbone, x, strict=False)(x), backbone(x))
 
 
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
@@ -158,20 +147,11 @@ def test_unknown_kernels_are_refused():
 
 
 @pytest.mark.parametrize("kernels", ["auto", "triton", "torch"])
-@pytest.mark.parametrize("seed", [-1, 1])
-def test_kernels_do_not_depend_on_the_seed(seed, kernels):
+def test_all_layers_have_the_kernels_of_the_config(kernels):
     cfg = get_config()
-    cfg.SEED, cfg.MODEL.GNWS.KERNELS = seed, kernels
-    modules = build_backbone(cfg).modules()
+    cfg.MODEL.GNWS.KERNELS = kernels
+    modules = build_model(cfg).modules()
     assert {m.kernels for m in modules if isinstance(m, (GroupNorm, WSConv2d))} == {kernels}
-
-
-def test_stock_config_without_our_keys_builds():
-    cfg = STOCK_CONFIG.clone()
-    cfg.merge_from_file(model_zoo.get_config_file("faster_rcnn_R50_gnws_1x"))
-    cfg.MODEL.DEVICE = "cpu"
-    assert "GNWS" not in cfg.MODEL
-    assert any(isinstance(m, WSConv2d) for m in build_model(cfg).modules())
 
 
 def test_autocast_keeps_the_features_in_half_precision():
@@ -181,43 +161,11 @@ def test_autocast_keeps_the_features_in_half_precision():
     assert {f.dtype for f in features.values()} == {torch.bfloat16}
 
 
-def test_standardized_convolutions_are_those_with_a_norm():
-    model = build_model(get_config())
-    standardized = {name for name, m in model.named_modules() if isinstance(m, WSConv2d)}
-    blocks = {
-        f"backbone.bottom_up.res{stage}.{block}.{conv}"
-        for stage, depth in zip((2, 3, 4, 5), (3, 4, 6, 3))
-        for block in range(depth)
-        for conv in ("conv1", "conv2", "conv3", "shortcut")
-        if conv != "shortcut" or block == 0
-    }
-    fpn = {f"backbone.fpn_{kind}{level}" for kind in ("lateral", "output") for level in range(2, 6)}
-    heads = {f"roi_heads.box_head.conv{i}" for i in range(1, 5)}
-    heads |= {f"roi_heads.mask_head.mask_fcn{i}" for i in range(1, 5)}
-    assert standardized == {"backbone.bottom_up.stem.conv1"} | blocks | fpn | heads
-    for name, m in model.named_modules():
-        if name in standardized:
-            assert m.bias is None
-            assert isinstance(m.norm, torch.nn.GroupNorm)
-            assert (m.norm.num_groups, m.norm.eps, m.norm.affine) == (32, 1e-5, True)
-
-
-def test_stem_and_res2_are_frozen_and_nothing_else():
-    model = build_model(get_config())
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    expected = {
-        name
-        for name, _ in model.named_parameters()
-        if name.startswith(("backbone.bottom_up.stem.", "backbone.bottom_up.res2."))
-    }
-    assert frozen == expected and expected
-
-
-@pytest.mark.parametrize("row", model_zoo.table(), ids=lambda row: row["name"])
-def test_parameters_take_the_published_checkpoints_size(row):
-    model = build_model(get_config(row["name"]))
-    mib = sum(p.numel() * 4 for p in model.parameters()) / 2**20
-    assert mib == pytest.approx(row["checkpoint_mib"], abs=0.1)
+def test_convolutions_with_a_norm_are_standardized_and_no_others():
+    convs = [m for m in build_model(get_config()).modules() if isinstance(m, Conv2d)]
+    assert all(isinstance(m, WSConv2d) == isinstance(m.norm, torch.nn.GroupNorm) for m in convs)
+    # of the ResNet, the FPN, and the box and the mask head
+    assert sum(isinstance(m, WSConv2d) for m in convs) == 53 + 8 + 4 + 4
 
 
 def test_backbone_without_fpn_has_detectron2s_features():
@@ -299,13 +247,6 @@ def test_training_step_equals_plain_group_norm_with_standardized_weights():
     [
         pytest.param("COCO-Detection/retinanet_R_50_FPN_1x.yaml", marks=retinanet_with_gn),
         "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml",
-        *(
-            pytest.param(name, marks=pytest.mark.ci)
-            for name in (
-                "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml",
-                "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
-            )
-        ),
     ],
 )
 def test_detectron2s_other_models_train_when_converted(config_file):
@@ -320,11 +261,7 @@ def test_detectron2s_other_models_train_when_converted(config_file):
     convert_ws_conv(model)
     assert list(model.state_dict()) == names
 
-    num_classes = 1 if cfg.MODEL.KEYPOINT_ON else 80
-    batch = make_batch(num_classes)
-    for x in batch:
-        x["sem_seg"] = torch.zeros(128, 128, dtype=torch.long)
-        x["instances"].gt_keypoints = keypoints()
+    batch = make_batch()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     losses = train_step(model, batch)
     assert all(loss.isfinite() for loss in losses.values())
@@ -333,9 +270,3 @@ def test_detectron2s_other_models_train_when_converted(config_file):
     before = trained[0].weight.clone()
     optimizer.step()
     assert not torch.equal(trained[0].weight, before)
-
-
-def keypoints():
-    from detectron2.structures import Keypoints
-
-    return Keypoints(torch.tensor([[[30.0, 30.0, 2.0]] * 17, [[80.0, 80.0, 2.0]] * 17]))

@@ -199,9 +199,7 @@ def _grad_input_kernel(
 
 
 def unsupported_reason(x: Tensor, num_groups: int) -> str:
-    """Return why :func:`group_norm` cannot run on `x`; empty if it can."""
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"there is no GroupNorm kernel for {x.dtype}"
+    """Return why :func:`group_norm` cannot run on `x`; "" if it can."""
     d = x.size(1) // num_groups
     if d & (d - 1) or d > 512:
         return f"there is no GroupNorm kernel for groups of {d} channels"
@@ -209,11 +207,14 @@ def unsupported_reason(x: Tensor, num_groups: int) -> str:
 
 
 @functools.lru_cache(4096)
-def _plan(n: int, c: int, p: int, d: int) -> tuple[tuple[int, ...], int, tuple[int, int], int]:
+def _plan(shape: torch.Size, num_groups: int) -> tuple[Any, ...]:
     """
-    (VEC, BLOCK_C, BLOCK_P), BLOCK_S, the grid and the number of warps for a map of (n, c, p) with
-    groups of d channels. Tiles are whole groups by all of a small map, or a piece of a map.
+    How the kernels run on a tensor of `shape` (N, C, ...): (N, C, P_VEC), D, the tile (VEC,
+    BLOCK_C, BLOCK_P), BLOCK_S, the grid and the number of warps. Tiles are whole groups by all of a
+    small map, or a piece of a map.
     """
+    n, c = shape[:2]
+    d, p = c // num_groups, shape[2:].numel()
     vec = 8 if p % 8 == 0 else 4 if p % 4 == 0 else 1
     block_c, block_p, block_s = d, triton.next_power_of_2(p), 0
     if d * block_p > _WHOLE:
@@ -224,7 +225,7 @@ def _plan(n: int, c: int, p: int, d: int) -> tuple[tuple[int, ...], int, tuple[i
             block_c *= 2
     grid = (n * (c // block_c), triton.cdiv(p, block_p))
     warps = max(1, min(16, block_c * block_p // (32 * _PER_THREAD[vec])))
-    return (vec, block_c, block_p), block_s, grid, warps
+    return (n, c, p // vec), d, (vec, block_c, block_p), block_s, grid, warps
 
 
 def group_norm(
@@ -251,22 +252,17 @@ def group_norm(
 
 def _forward(x, weight, bias, num_groups, eps, residual, relu) -> tuple[Tensor, Tensor]:
     """The output, and the statistics: (2, N, C), mean and 1 / std, first."""
-    n, c = x.shape[:2]
-    d = c // num_groups
-    p = x.numel() // (n * c)
-    tile, block_s, grid, warps = _plan(n, c, p, d)
+    numbers, d, tile, block_s, grid, warps = _plan(x.shape, num_groups)
     y = torch.empty_like(x)
-    size = 2 * n * c * (1 + grid[1] if block_s else 1)
+    size = 2 * numbers[0] * numbers[1] * (1 + grid[1] if block_s else 1)
     stats = torch.empty(size, dtype=torch.float32, device=x.device)
     with_residual = residual is not None
     residual = x if residual is None else residual.to(x.dtype).contiguous()
-    numbers = (n, c, p // tile[0])
-    dtypes = (x.dtype, weight.dtype)
     if block_s:
-        launch(_moments_kernel, grid, (x, stats), numbers, tile, dtypes, warps)
+        launch(_moments_kernel, grid, (x, stats), numbers, tile, warps)
     tensors = (x, residual, weight, bias, y, stats)
     constants = (*tile, block_s, d, with_residual, relu)
-    launch(_normalize_kernel, grid, tensors, (*numbers, eps), constants, dtypes, warps)
+    launch(_normalize_kernel, grid, tensors, (*numbers, eps), constants, warps)
     return y, stats
 
 
@@ -285,21 +281,16 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx, grad_y) -> Any:
         x, weight, bias, stats, y = ctx.saved_tensors
         num_groups, *fused = ctx.constants
-        n, c = x.shape[:2]
-        d = c // num_groups
-        p = x.numel() // (n * c)
-        tile, block_s, grid, warps = _plan(n, c, p, d)
+        numbers, d, tile, block_s, grid, warps = _plan(x.shape, num_groups)
+        n, c, _ = numbers
         grad_x = torch.empty_like(x)
         grad_residual = torch.empty_like(x) if fused[0] else None
-        splits = grid[1] if block_s else 1
-        sums = torch.empty((2, n * splits, c), dtype=torch.float32, device=x.device)
+        sums = torch.empty((2, n * grid[1], c), dtype=torch.float32, device=x.device)
         tensors = (grad_y.contiguous(), x, x if y is None else y, weight, bias, stats, sums)
-        numbers = (n, c, p // tile[0])
-        dtypes = (x.dtype, weight.dtype)
         if block_s:
-            launch(_grad_sums_kernel, grid, tensors, numbers, (*tile, *fused), dtypes, warps)
+            launch(_grad_sums_kernel, grid, tensors, numbers, (*tile, *fused), warps)
         grads = (grad_x, grad_x if grad_residual is None else grad_residual)
         constants = (*tile, block_s, d, *fused)
-        launch(_grad_input_kernel, grid, (*tensors, *grads), numbers, constants, dtypes, warps)
+        launch(_grad_input_kernel, grid, (*tensors, *grads), numbers, constants, warps)
         grad_bias, grad_weight = sums.sum(1).to(weight.dtype)
         return grad_x, grad_weight, grad_bias, None, None, grad_residual, None

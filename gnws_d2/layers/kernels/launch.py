@@ -31,7 +31,6 @@ def launch(
     tensors: tuple[Tensor, ...],
     numbers: tuple[int | float, ...],
     constants: tuple[int | bool, ...],
-    dtypes: tuple[torch.dtype, ...],
     num_warps: int,
 ) -> None:
     """
@@ -42,13 +41,13 @@ def launch(
     Args:
         kernel: of Triton, which does not specialize on `numbers`.
         tensors: on one device.
-        dtypes: those of the tensors, as far as they differ from call to call.
     """
     device = tensors[0].device
     if device.type == "cuda" and torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
-            return launch(kernel, grid, tensors, numbers, constants, dtypes, num_warps)
-    key = (id(kernel), device.index, num_warps, dtypes, constants)
+            return launch(kernel, grid, tensors, numbers, constants, num_warps)
+    dtypes = [t.dtype for t in tensors]
+    key = (id(kernel), device.index, num_warps, constants, *dtypes)
     compiled = _compiled.get(key)
     addresses = [t.data_ptr() for t in tensors]
     aligned = not functools.reduce(operator.or_, addresses) % 16  # what is compiled for

@@ -40,11 +40,8 @@ def _grad_kernel(grad_ptr, out_ptr, std_ptr, grad_weight_ptr, size, correction, 
     tl.store(grad_weight_ptr + row * size + i, grad, mask=mask)
 
 
-def unsupported_reason(weight: Tensor, dtype: torch.dtype) -> str:
-    """Return why the kernels cannot standardize `weight` into `dtype`; empty if they can."""
-    for each in (weight.dtype, dtype):
-        if each not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"there is no weight standardization kernel for {each}"
+def unsupported_reason(weight: Tensor) -> str:
+    """Return why the kernels cannot standardize `weight`; "" if they can."""
     if weight[0].numel() > _MAX_SIZE:
         return f"there is no weight standardization kernel for filters of over {_MAX_SIZE} values"
     return ""
@@ -63,19 +60,17 @@ def standardize(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor,
     weight = weight.contiguous()
     out = torch.empty_like(weight, dtype=dtype)
     std = torch.empty((len(weight), 1), dtype=torch.float32, device=weight.device)
-    dtypes = (weight.dtype, dtype)
     tensors = (weight, out, std)
-    launch(_standardize_kernel, (len(weight), 1), tensors, (*numbers, eps), (block,), dtypes, warps)
+    launch(_standardize_kernel, (len(weight), 1), tensors, (*numbers, eps), (block,), warps)
     return out, std
 
 
 def standardize_backward(
     grad: Tensor, out: Tensor, std: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """Return the gradient of the weight, of `dtype`, from that of `out` of :func:`standardize`."""
+    """Return the gradient of the weight, of `dtype`; `grad` is the gradient of `out`."""
     numbers, block, warps = _launch_options(out)
     grad_weight = torch.empty_like(out, dtype=dtype)
     tensors = (grad.contiguous(), out, std, grad_weight)
-    dtypes = (grad.dtype, out.dtype, dtype)
-    launch(_grad_kernel, (len(out), 1), tensors, (*numbers, eps), (block,), dtypes, warps)
+    launch(_grad_kernel, (len(out), 1), tensors, (*numbers, eps), (block,), warps)
     return grad_weight

@@ -1,0 +1,113 @@
+"""Find, read and write the files of checkpoints."""
+
+import contextlib
+import json
+import os
+import re
+import zipfile
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.utils.file_io import PathManager
+
+from ..utils.errors import UserError
+from ..utils.files import atomic_write
+from .convert import convert_to_detectron2
+
+
+class DamagedCheckpointError(UserError):
+    """Raised when a checkpoint is missing, truncated or damaged."""
+
+
+def find_checkpoint(path: str) -> str:
+    """
+    Return the local file of a checkpoint, downloaded if necessary.
+
+    Args:
+        path: a file; the ``OUTPUT_DIR`` of a run, for its best checkpoint, or else its last; or an
+            address: ``https://...``, ``gnws://NAME`` or ``detectron2://...``.
+
+    Raises:
+        UserError: if there is no such file, or it cannot be downloaded.
+    """
+    if os.path.isdir(path):
+        names = _names_in_run(path)
+        file = next(filter(os.path.isfile, (os.path.join(path, name) for name in names)), "")
+        if not file:
+            raise UserError(
+                f"{path} is not a trained model: it has no checkpoint. Name the OUTPUT_DIR of a "
+                "run, or a checkpoint in it."
+            )
+        return file
+    try:
+        file = PathManager.get_local_path(path.partition("?")[0])  # Detectron2 drops queries, too
+    except (OSError, HTTPException, ValueError) as e:
+        raise UserError(f"Cannot download the checkpoint {path}: {e}. Check the address.") from e
+    if not os.path.isfile(file):
+        raise DamagedCheckpointError(f"The checkpoint {path} does not exist.")
+    return file
+
+
+def _names_in_run(output_dir: str) -> list[str]:
+    """
+    The names of the checkpoints of a run, the best first. ``run.json`` says which files belong to
+    the run: an earlier one in the same directory may have left others. Without it, as in a run of
+    stock Detectron2, take what is there.
+    """
+    names = ["model_best.pth", "model_final.pth"]
+    with contextlib.suppress(OSError):
+        names.append(Path(output_dir, "last_checkpoint").read_text().strip())
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        start = json.loads(Path(output_dir, "run.json").read_text())[-1]
+        names = [start["best_checkpoint"], start["last_checkpoint"]]
+    return names
+
+
+def load_checkpoint(file: str) -> dict[str, Any]:
+    """
+    Read a checkpoint of any format of :func:`convert_to_detectron2`, without running code in it,
+    and return it in Detectron2's format, on the CPU.
+
+    Raises:
+        UserError: if `file` cannot be read, has an unknown format, code or non-finite values.
+    """
+    checkpoint = _read(file)
+    try:
+        checkpoint = convert_to_detectron2(checkpoint)
+        bad = [name for name, value in checkpoint["model"].items() if not value.isfinite().all()]
+    except (UserError, RuntimeError) as e:  # PyTorch's, if a tensor claims more values than it has
+        raise UserError(f"The checkpoint {file} cannot be used: {e}") from e
+    if bad:
+        raise UserError(f"The checkpoint {file} has values that are not finite in {bad[0]}.")
+    return checkpoint
+
+
+def read_config(file: str) -> str:
+    """Return the config that a checkpoint of :class:`GNWSCheckpointer` carries, as YAML, or ""."""
+    # Map the tensors instead of reading them, which only the zip format allows: ours.
+    checkpoint = _read(file, mmap=True) if zipfile.is_zipfile(file) else {}
+    return checkpoint.get("config", "") if isinstance(checkpoint, dict) else ""
+
+
+def _read(file: str, **kwargs: Any) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, **kwargs)
+    except OSError as e:
+        raise UserError(f"Cannot read the checkpoint {file}: {e.strerror or e}.") from e
+    except Exception as e:  # a damaged file can fail in any way
+        if code := re.search(r"\bGLOBAL (\S+)", str(e)):
+            raise UserError(f"{file} is refused: loading it would run {code[1]}.") from e
+        raise DamagedCheckpointError(
+            f"{file} is damaged, or not a PyTorch checkpoint but a web page or a pickle."
+        ) from e
+
+
+def save_checkpoint(checkpoint: dict[str, Any], path: str) -> None:
+    """Write a checkpoint atomically; raise :class:`UserError` if that fails, as on a full disk."""
+    with atomic_write(path, "wb") as f:
+        try:
+            torch.save(checkpoint, f)
+        except RuntimeError as e:  # PyTorch's, while it handles the OSError of a full disk
+            raise (e.__context__ if isinstance(e.__context__, OSError) else OSError(e)) from e
