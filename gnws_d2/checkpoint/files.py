@@ -3,7 +3,8 @@
 import contextlib
 import json
 import os
-import re
+import pickle
+import types
 import zipfile
 from http.client import HTTPException
 from pathlib import Path
@@ -15,6 +16,16 @@ from detectron2.utils.file_io import PathManager
 from ..utils.errors import UserError
 from ..utils.files import atomic_write
 from .convert import convert_to_detectron2
+
+# What a pickle may import: what tensors are made of, and libraries whose objects are not read.
+_PLAIN = {
+    ("collections", "OrderedDict"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch._utils", "_rebuild_parameter"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+}
+_LIBRARIES = {"argparse", "datetime", "mmcv", "mmdet", "mmengine", "numpy", "pathlib"}
 
 
 class DamagedCheckpointError(UserError):
@@ -91,14 +102,43 @@ def read_config(file: str) -> str:
     return checkpoint.get("config", "") if isinstance(checkpoint, dict) else ""
 
 
+class _Inert:
+    """Takes the place of an object that is not read."""
+
+    def __init__(self, *args: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads tensors and plain values alone: all else of known libraries is :class:`_Inert`."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _PLAIN or (module == "torch" and name.endswith("Storage")):
+            return super().find_class(module, name)
+        if module.partition(".")[0] in _LIBRARIES:
+            return _Inert
+        raise UserError(f"loading it would run {module}.{name}")
+
+
 def _read(file: str, **kwargs: Any) -> Any:
+    kwargs["map_location"] = "cpu"
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, **kwargs)
+        try:
+            return torch.load(file, weights_only=True, **kwargs)
+        except pickle.UnpicklingError as e:
+            if "GLOBAL" not in str(e):
+                raise
+        # MMDetection's checkpoints also have the logs, options and times of their training.
+        reader: Any = types.SimpleNamespace(Unpickler=_Unpickler, load=pickle.load)
+        return torch.load(file, weights_only=False, pickle_module=reader, **kwargs)
+    except UserError as e:
+        raise UserError(f"{file} is refused: {e}.") from e
     except OSError as e:
         raise UserError(f"Cannot read the checkpoint {file}: {e.strerror or e}.") from e
     except Exception as e:  # a damaged file can fail in any way
-        if code := re.search(r"\bGLOBAL (\S+)", str(e)):
-            raise UserError(f"{file} is refused: loading it would run {code[1]}.") from e
         raise DamagedCheckpointError(
             f"{file} is damaged, or not a PyTorch checkpoint but a web page or a pickle."
         ) from e
