@@ -44,7 +44,7 @@ def test_names_are_text_not_markup_or_formulas():
     assert name in {text.text for text in ET.fromstring(chart).iter(f"{SVG}text")}
 
 
-def test_charts_of_one_page_share_no_id_but_of_equal_definitions():
+def test_ids_in_several_charts_are_unique_or_of_equal_definitions():
     charts = [line_chart({"a": ([0, n], [1, n])}, "x", "y") for n in (2, 3)]
     definitions = {}
     for chart in charts:
@@ -56,7 +56,7 @@ def test_charts_of_one_page_share_no_id_but_of_equal_definitions():
     assert definitions
 
 
-def test_the_y_axis_starts_at_zero_and_ends_where_it_is_told():
+def test_y_axis_starts_at_zero_and_ends_at_y_max():
     def labels(**kwargs):
         svg = ET.fromstring(line_chart({"a": ([0, 100], [0.3, 0.4])}, "x", "y", **kwargs))
         return {text.text for text in svg.iter(f"{SVG}text")}
