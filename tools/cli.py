@@ -227,7 +227,7 @@ def export(parser: ArgumentParser) -> None:
     add("--config-file", required=True, metavar="FILE", help="config of the model")
     add("--format", required=True, choices=["folded", "torchscript", "onnx"])
     add("--output", required=True, metavar="DIR", help="directory of the files")
-    text = "image with objects that the model knows, or a directory, for its first five"
+    text = "image with objects that the model detects, or a directory, for its first five"
     add("--images", required=True, metavar="PATH", help=text)
     text = "quantize convolutions to int8, calibrated on up to 100 of the images, and show AP "
     text += "before and after on the first dataset of DATASETS.TEST"
