@@ -151,18 +151,14 @@ def _digest(file: str) -> bytes:
 
 
 def _facts(run: Run) -> dict[str, str]:
-    cfg, solver = run.cfg, run.cfg.SOLVER
+    cfg = run.cfg
     facts = {
         "Weights": cfg.MODEL.WEIGHTS or "none: trained from scratch",
         "Trained on": _join(cfg.DATASETS.TRAIN),
         "Tested on": _join(cfg.DATASETS.TEST),
     }
     if run.num_iterations:
-        facts |= {
-            "Iterations": f"{run.num_iterations:,} of {solver.MAX_ITER:,}",
-            "Batch": f"{solver.IMS_PER_BATCH} images",
-            "Learning rate": f"{solver.BASE_LR:g}, {solver.LR_SCHEDULER_NAME}",
-        }
+        facts["Iterations"] = f"{run.num_iterations:,} of {cfg.SOLVER.MAX_ITER:,}"
     times = [line["time"] for line in run.metrics if "time" in line]
     if times:
         facts["Speed"] = f"{np.median(times):.3g} s per iteration"
