@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -18,19 +18,6 @@ ERRORS = {
 }
 
 
-class Score(NamedTuple):
-    """A score, and precision and recall, 0 to 1, of the detections with at least this score."""
-
-    threshold: float
-    precision: float
-    recall: float
-
-    @property
-    def f1(self) -> float:
-        """The harmonic mean of precision and recall."""
-        return 2 * self.precision * self.recall / max(self.precision + self.recall, 1e-9)
-
-
 @dataclass
 class Analysis:
     """AP of boxes or masks on a dataset, in percent; NaN where there is no ground truth."""
@@ -38,7 +25,9 @@ class Analysis:
     ap: dict[str, float]  # by METRICS
     class_ap: dict[str, float]  # by class name, in the order of the category ids
     precision: np.ndarray  # (10 IoU thresholds, 101 recall levels), 0 to 1, mean over the classes
-    best_scores: dict[str, Score]  # the highest F1 at IoU 0.5 of each class with objects
+    # Of each class with objects: the score with the highest F1, the harmonic mean of precision and
+    # recall, at IoU 0.5; and there (score, precision, recall, F1), 0 to 1.
+    best_scores: dict[str, tuple[float, ...]]
     errors: dict[str, float]  # AP50 lost, by the values of ERRORS; empty without hotcoco
 
 
@@ -51,21 +40,24 @@ def analyze(evaluation: Any) -> Analysis:
     precision, scores = (evaluation.eval[k][:, :, :, 0, -1] for k in ("precision", "scores"))
     precision = np.ma.masked_less(precision, 0)
     classes = [c["name"] for c in evaluation.cocoGt.loadCats(evaluation.params.catIds)]
-    best = {}
-    for i, name in enumerate(classes):
-        columns = scores[0, :, i], precision[0, :, i], evaluation.params.recThrs
-        if not precision[..., i].mask.any():
-            points = [Score(*map(float, values)) for values in zip(*columns)]
-            best[name] = max(points, key=lambda score: score.f1)
+    p, r = precision[0].filled(0), np.array(evaluation.params.recThrs)[:, None]
+    f1 = 2 * p * r / np.maximum(p + r, 1e-9)
+    points = np.stack(np.broadcast_arrays(scores[0], p, r, f1))  # (4, recall levels, classes)
+    points = points[:, f1.argmax(axis=0), range(len(classes))].T
+    class_ap = dict(zip(classes, 100 * precision.mean(axis=(0, 1)).filled(math.nan)))
     errors = {}
     if hasattr(evaluation, "tide_errors"):
         tide = evaluation.tide_errors()["delta_ap"]
         errors = {name: 100 * tide[key] for key, name in ERRORS.items()}
     return Analysis(
         ap=dict(zip(METRICS, np.where(evaluation.stats < 0, math.nan, 100 * evaluation.stats))),
-        class_ap=dict(zip(classes, 100 * precision.mean(axis=(0, 1)).filled(math.nan))),
+        class_ap=class_ap,
         precision=precision.mean(axis=2).filled(math.nan),
-        best_scores=best,
+        best_scores={
+            name: tuple(point)
+            for name, point in zip(classes, points.tolist())
+            if not math.isnan(class_ap[name])
+        },
         errors=errors,
     )
 

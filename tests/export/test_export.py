@@ -249,11 +249,13 @@ def test_plain_group_norm_model_is_exported(small, photographs, tmp_path):
     assert_same(actual, eager(cfg, read(cfg, image))[0])
 
 
-def test_folded_config_keeps_values_that_python_cannot_read_back():
+def test_folded_model_and_config_are_detectron2s_own():
     cfg = model_zoo.get_config("quick_start")
     cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE = math.inf
     cfg.OUTPUT_DIR = "1"
-    _, stock = fold_model(build_model(cfg), cfg)
+    folded, stock = fold_model(build_model(cfg), cfg)
+    assert not any("gnws" in type(m).__module__ for m in folded.modules())
+    assert stock.MODEL.RESNETS.NORM == "GN" and "GNWS" not in stock.dump()
     assert stock.SOLVER.CLIP_GRADIENTS.NORM_TYPE == math.inf and stock.OUTPUT_DIR == "1"
 
 

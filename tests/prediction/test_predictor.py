@@ -17,7 +17,6 @@ from gnws_d2 import Predictor, model_zoo
 from gnws_d2.checkpoint import GNWSCheckpointer, catalog
 from gnws_d2.config import load_config
 from gnws_d2.data.transforms import OpenCVResizeShortestEdge
-from gnws_d2.export import fold_model
 from gnws_d2.prediction import find_trained
 from gnws_d2.utils.errors import UserError
 from gnws_tools.cli import main
@@ -231,29 +230,3 @@ def test_run_comes_before_a_published_model_of_the_same_name(run_dir, monkeypatc
     shutil.rmtree(name)
     run_dir.rename(name)
     assert find_trained(name).MODEL.WEIGHTS == f"{name}/model_best.pth"
-
-
-def test_weights_of_another_network_are_an_error(published):
-    path = published("faster_rcnn_R50_gnws_1x")
-    with pytest.raises(UserError, match="seems to be a Faster R-CNN R-50-FPN"):
-        Predictor(get_config("mask_rcnn_R50_gnws_2x", path))
-
-
-@networks("mask_rcnn_R50_gnws_2x")
-def test_folded_model_is_detectron2s_own_and_gives_the_same(name, published, photographs):
-    predictor = Predictor(get_config(name, published(name)))
-    image = cv2.imread(str(photographs.images / "0.jpg"))
-    expected = predictor(image)["instances"]
-    predictor.model, cfg = fold_model(predictor.model, predictor.cfg)
-    assert not any("gnws" in type(m).__module__ for m in predictor.model.modules())
-    assert cfg.MODEL.RESNETS.NORM == "GN" and "GNWS" not in cfg.dump()
-    actual = predictor(image)["instances"]
-    assert len(actual) == len(expected) > 10
-    for a, b in (
-        (actual.scores, expected.scores),
-        (actual.pred_boxes.tensor, expected.pred_boxes.tensor),
-    ):
-        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
-    assert torch.equal(actual.pred_classes, expected.pred_classes)
-    if actual.has("pred_masks"):
-        assert (actual.pred_masks != expected.pred_masks).float().mean() < 1e-5
