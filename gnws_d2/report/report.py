@@ -1,4 +1,4 @@
-"""Write the HTML page of a run."""
+"""Write an HTML page about a run."""
 
 import base64
 import contextlib
@@ -38,7 +38,8 @@ def make_report(run_dir: str, datasets: list[list[str]]) -> None:
 
     Args:
         run_dir: see :func:`read_run`.
-        datasets: see :func:`register_coco_datasets`; those that the run was tested on.
+        datasets: the datasets that the run was tested on, if its config does not have their paths:
+            see :func:`register_coco_datasets`.
 
     Raises:
         UserError: if the run or a dataset does not exist, cannot be read or does not fit.

@@ -3,10 +3,8 @@
 import json
 import math
 import os
-import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -22,7 +20,6 @@ from gnws_d2.data import OpenCVDatasetMapper
 from gnws_d2.export import export, export_model, fold_model
 from gnws_d2.utils.errors import RunError, UserError
 
-TOOL = str(Path(__file__).parent.parent.parent / "tools" / "export_model.py")
 NETWORKS = {
     name: "ci" if name == "mask_rcnn_X50_32x4d_gnws_2x" else "slow"
     for name in model_zoo.names()[:8]
@@ -265,26 +262,12 @@ def test_missing_packages_are_named(small, photographs, tmp_path, monkeypatch):
         export_model(small, "onnx", str(tmp_path), str(photographs.images / "0.jpg"))
 
 
-def test_tool_exports_and_names_mistakes(small, photographs, tmp_path, monkeypatch, capsys):
-    def run(images, output):
-        argv = [
-            TOOL, "--config-file", model_zoo.get_config_file("quick_start"), "--format", "folded",
-            "--images", str(images), "--output", str(output), "MODEL.WEIGHTS", small.MODEL.WEIGHTS,
-        ]  # fmt: skip
-        monkeypatch.setattr(sys, "argv", argv)
-        runpy.run_path(TOOL, run_name="__main__")
-
-    run(photographs.images, tmp_path / "out")
-    assert sorted(os.listdir(tmp_path / "out")) == FORMATS["folded"]
-    (tmp_path / "empty").mkdir()
-    for images, output, message in (
-        (tmp_path / "empty", tmp_path, f"There is no image at --images {tmp_path}/empty"),
-        (photographs.images / "0.jpg", TOOL, f"File exists: '{TOOL}'"),
-    ):
-        with pytest.raises(SystemExit) as e:
-            run(images, output)
-        assert e.value.code == 2
-        assert message in capsys.readouterr().err
+def test_mistake_in_a_path_is_one_sentence(small, photographs, tmp_path):
+    image = str(photographs.images / "0.jpg")
+    with pytest.raises(UserError, match=f"^There is no image at --images {tmp_path}"):
+        export_model(small, "folded", str(tmp_path / "out"), str(tmp_path))
+    with pytest.raises(UserError, match=f"File exists: '{image}'"):
+        export_model(small, "folded", image, image)
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def drawn(objects, colors, masks=False):
     return draw_objects(image, objects, [""] * len(objects), colors, masks).astype(int)
 
 
-def test_boxes_are_drawn_where_they_are():
+def test_boxes_are_drawn_in_place():
     picture = drawn([{"bbox": [30, 15, 60, 30]}], [BLUE])
     assert picture.shape == (240, 480, 3)
     ys, xs = np.nonzero(picture[:, :, 2] > picture[:, :, 0] + 20)
@@ -100,7 +100,7 @@ def test_boxes_are_drawn_where_they_are():
     assert (picture[100:140, 200:280] == 128).all()
 
 
-def test_masks_are_drawn_if_asked_for():
+def test_masks_are_drawn_on_request():
     square = {"bbox": [30, 15, 60, 30], "segmentation": [[30, 15, 90, 15, 90, 45, 30, 45]]}
     picture = drawn([square], [RED], masks=True)
     inside = picture[100:140, 200:280]
@@ -109,5 +109,5 @@ def test_masks_are_drawn_if_asked_for():
     assert (picture[100:140, 200:280] == 128).all()
 
 
-def test_an_image_without_objects_stays_as_it_is():
+def test_image_without_objects_is_unchanged():
     assert (drawn([], []) == 128).all()

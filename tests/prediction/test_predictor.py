@@ -64,7 +64,7 @@ def published(tmp_path):
 
 
 @networks("mask_rcnn_R50_gnws_2x")
-def test_every_way_to_load_gives_the_same(
+def test_every_way_to_load_gives_the_same_detections(
     name, published, photographs, server, tmp_path, monkeypatch
 ):
     """gnws:// over HTTP, in stock Detectron2 and ours; the raw file, in ours and train_net.py."""
@@ -150,7 +150,7 @@ def test_run_or_checkpoint_is_enough_and_has_the_class_names(run_dir, given):
     assert set(found.pred_classes.tolist()) <= {0, 1} and len(found)
 
 
-def test_two_runs_on_datasets_of_one_name_have_their_own_classes(run_dir, tmp_path):
+def test_two_runs_on_datasets_of_the_same_name_have_their_own_classes(run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "other")
     cfg = load_config(str(run_dir / "config.yaml"), [], [["gone_val", "other.json", "other"]])
     (tmp_path / "other" / "config.yaml").write_text(cfg.dump())
@@ -191,7 +191,7 @@ def test_checkpoints_of_an_earlier_run_in_the_same_directory_are_not_used(run_di
     assert weights == str(run_dir / "model_best.pth")
 
 
-def test_checkpoint_is_built_from_the_config_that_it_carries(run_dir, tmp_path):
+def test_config_in_a_checkpoint_comes_before_config_yaml(run_dir, tmp_path):
     cfg = load_config(str(run_dir / "config.yaml"), [])
     cfg.defrost()
     cfg.INPUT.MIN_SIZE_TEST = 77

@@ -9,7 +9,7 @@ from gnws_d2.report.charts import COLORS, line_chart
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def test_text_has_no_color_of_its_own():
+def test_text_takes_the_color_of_the_page():
     svg = ET.fromstring(line_chart({"a": ([1, 2], [3, 4]), "b": ([1, 2], [5, 6])}, "x", "y"))
     texts = list(svg.iter(f"{SVG}text"))
     assert {"a", "b", "x", "y"} < {text.text for text in texts}
@@ -35,15 +35,6 @@ def test_ids_in_several_charts_are_unique_or_of_equal_definitions():
                 assert definitions.setdefault(element.get("id"), text) == text
                 assert f"#{element.get('id')}" in chart
     assert definitions
-
-
-def test_y_axis_starts_at_zero_and_ends_at_y_max():
-    def labels(**kwargs):
-        svg = ET.fromstring(line_chart({"a": ([0, 100], [0.3, 0.4])}, "x", "y", **kwargs))
-        return {text.text for text in svg.iter(f"{SVG}text")}
-
-    assert {"0.0", "1.0"} <= labels(y_max=1.02)
-    assert "1.0" not in labels() and labels() & {"0.0", "0.00"}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -132,7 +132,7 @@ def rows(page, first):
     return [re.findall(r"([^<>]*)(?:</div>)?</td>", row) for row in found]
 
 
-def test_page_has_the_ap_of_the_official_api(page, shapes):
+def test_page_has_the_ap_of_pycocotools(page, shapes):
     coco, results = COCO(shapes[1]), predict(shapes)
     for task, name in (("bbox", "box"), ("segm", "mask")):
         stats = evaluate_results(coco, results, task).stats[:6]
@@ -146,7 +146,7 @@ def test_page_has_the_ap_of_the_official_api(page, shapes):
     assert ap == [NONE, NONE] and confusion == ["0"] * 4
 
 
-def test_page_is_one_file_whose_values_are_escaped(page):
+def test_page_is_a_single_file_with_escaped_values(page):
     sources = re.findall(r'(?:src|srcset|href)="([^"]*)"', page)
     assert len(sources) > 10 and all(source.startswith(("data:", "#")) for source in sources)
     page = re.sub(r'xmlns(:xlink)?="[^"]*"', "", page)  # names, which no browser opens
@@ -164,7 +164,7 @@ def test_page_has_the_facts_of_the_run(page):
         assert text in page, text
 
 
-def test_page_has_tides_errors(page, shapes):
+def test_page_has_the_errors_of_tide(page, shapes):
     truth, results = read_truth(shapes[1]), predict(shapes)
     errors = [analyze(evaluate_results(truth, results, task)).errors for task in ("bbox", "segm")]
     assert errors[0]["class"] > 1
