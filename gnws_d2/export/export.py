@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checkpoint import GNWSCheckpointer
 from ..data import OpenCVDatasetMapper, check_datasets
 from ..data.coco import dataset_classes
-from ..prediction.pictures import find_images
+from ..prediction.picture import find_images
 from ..utils.errors import RunError, UserError
 from ..utils.files import atomic_write
 from .detections import Detector, compare_detections, detect

@@ -16,7 +16,7 @@ from ..data.dataset_mapper import BadImageError
 from ..utils.errors import UserError, print_error
 from ..utils.files import atomic_write
 from .drawing import LabelVisualizer
-from .pictures import find_images
+from .picture import find_images
 from .predictor import Predictor, find_trained
 from .results import CocoDetections
 
