@@ -36,7 +36,7 @@ IMAGES = Photographs.images
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A model, and a dataset whose objects are half of what it detects."""
+    """A model, and a dataset whose objects are half of its detections."""
     root = tmp_path_factory.mktemp("small")
     cfg = small_mask_rcnn(root / "model.pth", CLASSES)
     coco = {"images": [], "annotations": []}
