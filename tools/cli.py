@@ -166,8 +166,8 @@ def finetune(parser: ArgumentParser) -> None:
 
 def demo(parser: ArgumentParser) -> int:
     """
-    Detect objects in images or a video: draw them, and write them as COCO JSON. Detectron2's demo,
-    with `--model` for trained models. The exit status is 1 if an input cannot be read.
+    Detect objects in images or a video: draw them, and write them as COCO JSON. The exit status is
+    1 if an image cannot be read.
     """
     add = parser.add_argument
     model = parser.add_mutually_exclusive_group(required=True)
@@ -177,21 +177,15 @@ def demo(parser: ArgumentParser) -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="PATH", help="images, directories, patterns")
     source.add_argument("--video-input", metavar="FILE", help="video file")
-    source.add_argument("--webcam", action="store_true", help="show what the webcam sees")
-    text = "directory for the drawings and detections.json, or file for a single drawing, with the "
-    text += "JSON beside it (default: show a window; any key for the next image, Esc to quit)"
-    add("--output", metavar="PATH", help=text)
+    text = "directory for the drawings and detections.json"
+    add("--output", required=True, metavar="DIR", help=text)
     text = "minimum score, from 0 to 1 (default: 0.5)"
     add("--confidence-threshold", type=float, default=0.5, metavar="SCORE", help=text)
-    add("--no-labels", action="store_true", help="draw no names and scores")
-    add("--no-boxes", action="store_true", help="draw masks alone, if there are any")
     add_dataset_argument(parser)
     add("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs, at the end")
     args = parser.parse_args()
     if not 0 <= args.confidence_threshold <= 1:
         parser.error(f"--confidence-threshold {args.confidence_threshold} is not from 0 to 1")
-    if args.webcam and args.output:
-        parser.error("--webcam only shows a window: leave --output out")
     from gnws_d2.prediction.demo import run_demo
 
     return run_demo(args)
@@ -238,7 +232,7 @@ def export(parser: ArgumentParser) -> None:
     add("--config-file", required=True, metavar="FILE", help="config of the model")
     add("--format", required=True, choices=["folded", "torchscript", "onnx"])
     add("--output", required=True, metavar="DIR", help="directory of the files")
-    text = "image with objects that the model knows, or a directory, for its first five"
+    text = "image with objects that the model detects, or a directory, for its first five"
     add("--images", required=True, metavar="PATH", help=text)
     text = "quantize convolutions to int8, calibrated on up to 100 of the images, and show AP "
     text += "before and after on the first dataset of DATASETS.TEST"

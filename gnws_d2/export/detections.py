@@ -1,8 +1,6 @@
-"""Detections of a model on an image, and their comparison with another model's."""
+"""The detections of a model on an image, and a comparison with another model."""
 
-import timeit
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from detectron2.modeling import GeneralizedRCNN
@@ -24,7 +22,7 @@ def detect(model: GeneralizedRCNN, image: Tensor) -> Detections:
 
     Returns:
         Detectron2's fields: "pred_boxes" (N, 4) in pixels of `image`, "scores" (N,),
-        "pred_classes" (N,) and, of a Mask R-CNN, "pred_masks" (N, 1, 28, 28), probabilities inside
+        "pred_classes" (N,) and, for a Mask R-CNN, "pred_masks" (N, 1, 28, 28), probabilities inside
         the box.
     """
     with torch.no_grad():
@@ -35,14 +33,15 @@ def detect(model: GeneralizedRCNN, image: Tensor) -> Detections:
 
 def compare_detections(expected: Detections, actual: Detections, cut: float) -> tuple[int, int]:
     """
-    Return the number of expected detections that are matched, and of unmatched ones on both sides.
+    Return the number of expected detections with a match, and the number of detections on both
+    sides without one.
 
     Args:
         expected, actual: results of :func:`detect` on the same image.
         cut: score below which the models drop detections. One that the other model may have just
-            below it does not count as unmatched.
+            below `cut` does not count as unmatched.
     """
-    # Detectron2's postprocessing drops empty boxes too.
+    # Detectron2's postprocessing also drops empty boxes.
     expected, actual = (
         {k: v[Boxes(d["pred_boxes"]).nonempty()] for k, v in d.items()} for d in (expected, actual)
     )
@@ -58,8 +57,3 @@ def compare_detections(expected: Detections, actual: Detections, cut: float) -> 
     missing = (a > clear) & ~same.any(dim=1)
     unexpected = (b > clear) & ~same.any(dim=0)
     return int(same.any(dim=1).sum()), int(missing.sum() + unexpected.sum())
-
-
-def seconds_per_image(detector: Detector, image: Tensor) -> float:
-    """Return the least time of five runs."""
-    return min(timeit.repeat(partial(detector, image), number=1))

@@ -1,11 +1,10 @@
-"""Export a model and verify the result before writing it."""
+"""Export a model, and verify the result before it is written."""
 
 import logging
 import math
 import os
 import warnings
 from functools import partial
-from glob import escape, glob
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -14,10 +13,10 @@ from torch import Tensor
 from ..checkpoint import GNWSCheckpointer
 from ..data import OpenCVDatasetMapper, check_datasets
 from ..data.coco import dataset_classes
-from ..data.dataset_mapper import IMAGE_SUFFIXES
+from ..prediction.picture import find_images
 from ..utils.errors import RunError, UserError
 from ..utils.files import atomic_write
-from .detections import Detector, compare_detections, detect, seconds_per_image
+from .detections import Detector, compare_detections, detect
 from .fold import fold_model
 from .formats import to_folded, to_onnx, to_torchscript
 from .quantize import to_int8
@@ -31,16 +30,17 @@ def export_model(
     cfg: CfgNode, format: str, output_dir: str, images: str, int8_max_drop: float | None = None
 ) -> int:
     """
-    Write a model with folded weights to files that need nothing of this project, if it gives the
-    same detections as before (:func:`compare_detections`). Log sizes and speed, all on the CPU.
+    Write a model with folded weights to files that do not need this project, if it gives the same
+    detections as before (:func:`compare_detections`). Everything runs on the CPU.
 
     Args:
         cfg: config of a GeneralizedRCNN, with its ``MODEL.WEIGHTS``.
         format: "folded": ``config.yaml`` and ``model.pth``, for stock Detectron2. "torchscript":
             ``model.ts``, or "onnx": ``model.onnx``, from an image to the tensors of :func:`detect`.
         output_dir: directory of the files.
-        images: an image with objects that the model knows, or a directory, for its first five.
-        int8_max_drop: of "onnx": write ``model_int8.onnx`` instead (:func:`to_int8`), if no AP on
+        images: an image with objects that the model detects, or a directory, of which the first
+            five are used.
+        int8_max_drop: for "onnx": write ``model_int8.onnx`` instead (:func:`to_int8`), if no AP on
             the first dataset of ``DATASETS.TEST`` falls by more points. It is calibrated on up to
             100 of `images`.
 
@@ -48,9 +48,9 @@ def export_model(
         The number of detections that were compared.
 
     Raises:
-        UserError: if the model cannot be exported or finds nothing on `images`, or if int8 has no
-            dataset.
-        RunError: if the exported model gives other detections, or if AP falls.
+        UserError: if the model cannot be exported or detects nothing on `images`, or if there is no
+            dataset for int8.
+        RunError: if the detections of the exported model differ, or if AP falls.
     """
     if format != "folded" and (cfg.TEST.AUG.ENABLED or cfg.MODEL.KEYPOINT_ON):
         raise UserError(f"--format {format} needs TEST.AUG.ENABLED and MODEL.KEYPOINT_ON False.")
@@ -66,12 +66,9 @@ def export_model(
     device, cfg.MODEL.DEVICE = cfg.MODEL.DEVICE, "cpu"
     model = build_model(cfg).eval()
     mapper = OpenCVDatasetMapper(cfg, is_train=False)
-    paths = [images]
-    if os.path.isdir(images):
-        found = glob(os.path.join(escape(images), "*"))
-        paths = sorted(path for path in found if path.lower().endswith(IMAGE_SUFFIXES))
+    paths = find_images(images)
     if not paths:
-        raise UserError(f"The directory --images {images} has no images.")
+        raise UserError(f"There is no image at --images {images}.")
     inputs = {path: mapper({"file_name": path})["image"] for path in paths[:5]}
     image = inputs[paths[0]]
     checkpointer = GNWSCheckpointer(model, strict=True, classes=classes)
@@ -83,7 +80,7 @@ def export_model(
     stock.MODEL.WEIGHTS = os.path.abspath(os.path.join(output_dir, "model.pth"))
     try:
         with warnings.catch_warnings():
-            # Deprecations, and what tracing may get wrong, which is verified.
+            # Deprecations, and possible mistakes of tracing, which are verified.
             warnings.simplefilter("ignore")
             if format == "folded":
                 files, exported = to_folded(folded, stock, classes)
@@ -92,7 +89,7 @@ def export_model(
             else:  # traced with another image size than it is verified with
                 files, exported = to_onnx(folded, image[:, ::2, ::2].contiguous(), classes)
         matched = _verify(detector, exported, inputs, cfg)
-        logger.info(f"The model and the exported one give the same {matched} detections.")
+        logger.info(f"The exported model gives the same {matched} detections as the model.")
         if int8_max_drop is not None:
             step = math.ceil(len(paths) / _MAX_CALIBRATION_IMAGES)
             calibration = [mapper({"file_name": path})["image"] for path in paths[::step]]
@@ -108,12 +105,7 @@ def export_model(
     for name, data in files.items():
         with atomic_write(os.path.join(output_dir, name), "wb") as f:
             f.write(data)
-    if int8_max_drop is None:
-        before, after = (seconds_per_image(f, image) for f in (detector, exported))
-        size = sum(map(len, files.values())) / 1e6
-        logger.info(
-            f"{format}: {size:.1f} MB, {after:.3g} s/im on the CPU (before: {before:.3g} s/im)"
-        )
+        logger.info(f"{name}: {len(data) / 1e6:.1f} MB")
     return matched
 
 
@@ -126,13 +118,13 @@ def _verify(model: Detector, exported: Detector, inputs: dict[str, Tensor], cfg:
         matched, unmatched = compare_detections(expected, exported(image), cut)
         if unmatched:
             raise RunError(
-                f"Nothing was written: on {path} the exported model has {matched} of the model's "
-                f"detections, and {unmatched} differ."
+                f"Nothing was written: on {path} {unmatched} detections of the exported model or "
+                f"the model differ, and {matched} agree."
             )
         num_matched += matched
     if not num_matched:
         raise UserError(
-            f"The model finds nothing on {', '.join(inputs)} to verify the export with: give other "
-            f"--images or lower MODEL.ROI_HEADS.SCORE_THRESH_TEST ({threshold})."
+            f"The model detects nothing on {', '.join(inputs)} to verify the export with: give "
+            f"other --images, or lower MODEL.ROI_HEADS.SCORE_THRESH_TEST ({threshold})."
         )
     return num_matched

@@ -1,16 +1,15 @@
-"""Folding of weight standardization: a GN+WS model as a plain GN one."""
+"""Fold weight standardization: turn a GN+WS model into a plain GN model."""
 
 import copy
-from itertools import chain
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from ..config import STOCK_CONFIG, flatten_config
+from ..config import STOCK_CONFIG
 from ..layers import fold_for_inference
 
-# Our registered names, and Detectron2's for the same without weight standardization.
+# Registered names of this project, and Detectron2's without weight standardization.
 STOCK_NAMES = {
     "build_resnet_gnws_backbone": "build_resnet_backbone",
     "build_resnet_gnws_fpn_backbone": "build_resnet_fpn_backbone",
@@ -21,19 +20,25 @@ STOCK_NAMES = {
 
 def fold_model(model: nn.Module, cfg: CfgNode) -> tuple[nn.Module, CfgNode]:
     """
-    Return a model of Detectron2's own modules that has the standardized weights of a GN+WS model,
-    in evaluation mode, and its config for stock Detectron2.
+    Return a model of Detectron2's own modules with the standardized weights of a GN+WS model, in
+    evaluation mode, and its config for stock Detectron2.
 
     Args:
-        model, cfg: the GN+WS model, which is left unchanged, and its config.
+        model, cfg: the GN+WS model, which is not modified, and its config.
     """
-    stock = STOCK_CONFIG.clone()
-    known = flatten_config(stock)
-    own = [item for item in flatten_config(cfg.clone()).items() if item[0] in known]
-    # A string is parsed as Python; inf would have no notation there.
-    stock.merge_from_list(list(chain(*((k, repr(v) if isinstance(v, str) else v) for k, v in own))))
+    stock = cfg.clone()
+    stock.defrost()
+    _remove_other_keys(stock, STOCK_CONFIG)
     for node in (stock.MODEL.BACKBONE, stock.MODEL.ROI_BOX_HEAD, stock.MODEL.ROI_MASK_HEAD):
         node.NAME = STOCK_NAMES.get(node.NAME, node.NAME)
     folded = build_model(stock)
     folded.load_state_dict(fold_for_inference(copy.deepcopy(model)).state_dict())
     return folded.eval(), stock
+
+
+def _remove_other_keys(cfg: CfgNode, known: CfgNode) -> None:
+    for key in list(cfg):
+        if key not in known:
+            del cfg[key]
+        elif isinstance(cfg[key], CfgNode):
+            _remove_other_keys(cfg[key], known[key])

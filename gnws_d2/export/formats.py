@@ -1,4 +1,4 @@
-"""The file formats: folded for Detectron2, TorchScript by scripting, ONNX by tracing."""
+"""Export to stock Detectron2, to TorchScript by scripting, and to ONNX by tracing."""
 
 import io
 import json
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from .detections import Detector, detect
 
-Classes = dict[Any, str] | None  # as of GNWSCheckpointer
+Classes = dict[Any, str] | None  # see GNWSCheckpointer
 
-# All fields of `Instances` inside the model.
+# The fields of `Instances` in the model.
 _FIELDS = dict.fromkeys(("proposal_boxes", "pred_boxes"), Boxes) | dict.fromkeys(
     ("objectness_logits", "scores", "pred_classes", "pred_masks"), Tensor
 )
@@ -26,7 +26,7 @@ _FIELDS = dict.fromkeys(("proposal_boxes", "pred_boxes"), Boxes) | dict.fromkeys
 def to_folded(
     model: GeneralizedRCNN, cfg: CfgNode, classes: Classes
 ) -> tuple[dict[str, bytes], Detector]:
-    """Export a folded model for Detectron2, with its config. Return the files and their model."""
+    """Export a folded model and its config for stock Detectron2. Return the files and the model."""
     f = io.BytesIO()
     known = {"classes": classes} if classes else {}
     torch.save({"model": model.state_dict(), "weight_standardization": False, **known}, f)
@@ -48,8 +48,8 @@ class _ScriptAdapter(nn.Module):
 
 def to_torchscript(model: GeneralizedRCNN, classes: Classes) -> tuple[dict[str, bytes], Detector]:
     """
-    Export a folded model, whose parameters stop requiring gradients, to TorchScript, with its
-    class names as JSON in the extra file "classes".
+    Export a folded model to TorchScript, with its class names as JSON in the extra file "classes".
+    Its parameters no longer require gradients. Return the file and a model of it.
     """
     adapter = _ScriptAdapter(model.requires_grad_(False)).eval()
     f = io.BytesIO()
@@ -70,17 +70,16 @@ def to_onnx(
     model: GeneralizedRCNN, image: Tensor, classes: Classes
 ) -> tuple[dict[str, bytes], Detector]:
     """
-    Export a folded model, which is of no other use afterwards, to ONNX by tracing `image`, with
-    its class names as JSON in the metadata "classes".
+    Export a folded model to ONNX by tracing it on `image`, with its class names as JSON in the
+    metadata "classes". The model is modified. Return the file and a detector of it.
     """
     import onnx  # an optional requirement
 
     for m in model.modules():
         if type(m) is MaskRCNNConvUpsampleHead:
             m.__class__ = _NeverEmptyMaskHead
-    example = detect(model, image)
-    names = sorted(example)  # the order of the adapter
-    f: Any = io.BytesIO()  # which the annotation of torch.onnx.export lacks
+    names = sorted(detect(model, image))  # the order of the adapter
+    f: Any = io.BytesIO()  # missing in the annotation of torch.onnx.export
     torch.onnx.export(
         TracingAdapter(model, image, detect),
         (image,),
@@ -89,14 +88,9 @@ def to_onnx(
         output_names=names,
         dynamic_axes={"image": {1: "height", 2: "width"}, **{n: {0: "detections"} for n in names}},
         opset_version=17,
-        dynamo=False,  # the new exporter rejects control flow that depends on values
+        dynamo=False,  # the new exporter rejects control flow by values
     )
     proto = onnx.load_from_string(f.getvalue())
-    for output in proto.graph.output:
-        # The exporter loses the fixed sizes.
-        sizes = example[output.name].shape[1:]
-        for dim, size in zip(output.type.tensor_type.shape.dim[1:], sizes, strict=True):
-            dim.dim_value = size
     if classes:
         proto.metadata_props.add(key="classes", value=json.dumps(list(classes.values())))
     data = proto.SerializeToString()
@@ -104,7 +98,7 @@ def to_onnx(
 
 
 def onnx_detector(data: bytes) -> Detector:
-    """Return a detector that runs an ONNX file of :func:`to_onnx` in ONNX Runtime on the CPU."""
+    """Return a detector that runs a file of :func:`to_onnx` in ONNX Runtime on the CPU."""
     import onnxruntime  # an optional requirement
 
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])

@@ -1,17 +1,26 @@
-"""Quantization of an ONNX model to int8, if its AP is kept."""
+"""Quantize an ONNX model to int8 if it keeps its AP."""
 
+import contextlib
+import io
 import logging
-import os
 import tempfile
+import timeit
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode
-from tabulate import tabulate
+from detectron2.data import build_detection_test_loader
+from detectron2.evaluation import inference_on_dataset
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from ..utils.errors import RunError
-from .detections import seconds_per_image
-from .evaluate import evaluate_detector
+from ..data import OpenCVDatasetMapper
+from ..evaluation import COCOEvaluator
+from ..utils.errors import RunError, UserError
+from .detections import Detector
 from .formats import onnx_detector
 
 logger = logging.getLogger(__name__)
@@ -23,20 +32,18 @@ def quantize_onnx(data: bytes, images: Sequence[Tensor]) -> bytes:
     """
     Quantize the convolutions of an ONNX model to int8 (QDQ format).
 
-    Weights are int8 with a scale for each output channel, of 7 bits so that the 16-bit sums of CPUs
-    without VNNI do not saturate. Activations are uint8: int8 ones are slower than float32 in ONNX
-    Runtime on x86.
+    Weights are int8 with a scale for each output channel. They use 7 bits, so that the 16-bit sums
+    of CPUs without VNNI do not saturate. Activations are uint8: int8 ones are slower than float32
+    in ONNX Runtime on x86.
 
     Args:
         data: an ONNX file of :func:`to_onnx`.
         images: images (3, H, W), the network's input, that give the ranges of the activations.
 
     Returns:
-        An ONNX file with the same inputs, outputs and metadata.
+        An ONNX file with the same inputs and outputs.
     """
-    import onnx  # optional requirements
-    from onnxruntime import quantization
-    from onnxruntime.quantization.quant_utils import add_pre_process_metadata
+    from onnxruntime import quantization  # an optional requirement
 
     class Reader(quantization.CalibrationDataReader):
         def __init__(self):
@@ -46,13 +53,9 @@ def quantize_onnx(data: bytes, images: Sequence[Tensor]) -> bytes:
             image = next(self.images, None)
             return None if image is None else {"image": image.numpy()}
 
-    proto = onnx.load_from_string(data)
-    metadata = list(proto.metadata_props)
-    # Against the advice, as a warning, to preprocess the model, of which it needs nothing.
-    add_pre_process_metadata(proto)
     with tempfile.TemporaryDirectory() as tmp:
-        source, target = os.path.join(tmp, "model.onnx"), os.path.join(tmp, "model_int8.onnx")
-        onnx.save(proto, source)
+        source, target = Path(tmp, "model.onnx"), Path(tmp, "model_int8.onnx")
+        source.write_bytes(data)
         quantization.quantize_static(
             source,
             target,
@@ -63,16 +66,13 @@ def quantize_onnx(data: bytes, images: Sequence[Tensor]) -> bytes:
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
         )
-        quantized = onnx.load(target)
-    del quantized.metadata_props[:]  # those of the quantization
-    quantized.metadata_props.extend(metadata)
-    return quantized.SerializeToString()
+        return target.read_bytes()
 
 
 def to_int8(cfg: CfgNode, data: bytes, images: Sequence[Tensor], max_drop: float) -> bytes:
     """
-    Quantize an ONNX model (:func:`quantize_onnx`), and log its AP on the first dataset of
-    ``DATASETS.TEST``, size and speed beside those of the float32 model.
+    Quantize an ONNX model (:func:`quantize_onnx`). Log its AP on the first dataset of
+    ``DATASETS.TEST``, its size and its speed, and those of the float32 model.
 
     Returns:
         The ONNX file of the quantized model.
@@ -81,25 +81,52 @@ def to_int8(cfg: CfgNode, data: bytes, images: Sequence[Tensor], max_drop: float
         RunError: if an AP falls by more than `max_drop` points.
         UserError: if the dataset has no objects.
     """
-    logger.info(f"Quantizing, with the ranges of activations on {len(images)} images ...")
+    logger.info(f"Quantizing with the ranges of activations on {len(images)} images ...")
     models = {"float32": data, "int8": quantize_onnx(data, images)}
-    name = cfg.DATASETS.TEST[0]
-    aps, columns = [], {}
+    name, aps = cfg.DATASETS.TEST[0], {}
     for kind, model in models.items():
-        logger.info(f"Evaluating the {kind} model on {name} ...")
         detector = onnx_detector(model)
-        ap, seconds = evaluate_detector(cfg, detector), seconds_per_image(detector, images[0])
-        aps.append(ap)
-        columns[kind] = [f"{value:.2f}" for value in ap.values()]
-        columns[kind] += [f"{len(model) / 1e6:.1f}", f"{seconds:.3g}"]
-    before, after = aps
-    rows = [*(_AP_NAMES[task] for task in before), "MB", "s/im, CPU"]
-    table = tabulate(columns, headers=[name, *columns], showindex=rows, disable_numparse=True)
-    logger.info(f"AP, size and speed:\n{table}")
-    worst = max(before, key=lambda task: before[task] - after[task])
-    if before[worst] - after[worst] > max_drop:
-        raise RunError(
-            f"Nothing was written: in int8, {_AP_NAMES[worst]} on {name} falls from "
-            f"{before[worst]:.2f} to {after[worst]:.2f}, by more than --max-drop {max_drop:g}."
-        )
+        aps[kind] = evaluate_detector(cfg, detector)
+        seconds = min(timeit.repeat(partial(detector, images[0]), number=1))
+        values = ", ".join(f"{_AP_NAMES[task]} {ap:.2f}" for task, ap in aps[kind].items())
+        size = len(model) / 1e6
+        logger.info(f"{kind} on {name}: {values}, {size:.1f} MB, {seconds:.3g} s/im on the CPU")
+    for task, before in aps["float32"].items():
+        after = aps["int8"][task]
+        if before - after > max_drop:
+            raise RunError(
+                f"Nothing was written: in int8, {_AP_NAMES[task]} on {name} falls from "
+                f"{before:.2f} to {after:.2f}, by more than --max-drop {max_drop:g}."
+            )
     return models["int8"]
+
+
+def evaluate_detector(cfg: CfgNode, detector: Detector) -> dict[str, float]:
+    """
+    Return the AP of a detector on the first dataset of ``DATASETS.TEST``, as ``--eval-only``
+    computes it: "bbox" and, for a Mask R-CNN, "segm".
+
+    Raises:
+        UserError: if the dataset has no objects.
+    """
+    name = cfg.DATASETS.TEST[0]
+    loader = build_detection_test_loader(cfg, name, mapper=OpenCVDatasetMapper(cfg, False))
+    evaluator = COCOEvaluator(name, ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",))
+    with contextlib.redirect_stdout(io.StringIO()):  # the tables of AP
+        results = inference_on_dataset(partial(_predict, detector), loader, evaluator)
+    ap = {task: float(metrics["AP"]) for task, metrics in (results or {}).items()}
+    if not ap or any(value != value for value in ap.values()):  # NaN
+        raise UserError(f"The dataset {name} has no objects to compute AP with.")
+    return ap
+
+
+def _predict(detector: Detector, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what a :class:`GeneralizedRCNN` returns for a batch."""
+    outputs = []
+    for inputs in batch:
+        fields: dict[str, Any] = dict(detector(inputs["image"]))
+        fields["pred_boxes"] = Boxes(fields["pred_boxes"])
+        instances = Instances(tuple(inputs["image"].shape[1:]), **fields)
+        instances = detector_postprocess(instances, inputs["height"], inputs["width"])
+        outputs.append({"instances": instances})
+    return outputs

@@ -1,4 +1,4 @@
-"""Detectron2's visualizer with readable labels, also where objects are crowded."""
+"""Detectron2's visualizer with labels that can be read where objects are crowded."""
 
 import colorsys
 import math
@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 from detectron2.structures import Instances
-from detectron2.utils.visualizer import VisImage, Visualizer
+from detectron2.utils.visualizer import VisImage, Visualizer, _create_text_labels
 from matplotlib.colors import to_rgb
 
-_MAX_MOVES = 6  # label heights; further away a label would seem to be another object's
+_MAX_MOVES = 6  # label heights; further away a label would seem to belong to another object
 _GAP = 2  # pixels between labels
 _CROWD = 20  # objects; with more, outlines and labels get smaller, down to half
 _WIDTH = 480  # pixels of a picture of `draw_objects`
@@ -18,42 +18,29 @@ _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 def class_color(index: int) -> tuple[float, float, float]:
-    """Return a bright RGB color, 0 to 1, for a class: far from those of the classes before it."""
+    """Return a bright RGB color, 0 to 1, for a class, far from the colors of earlier classes."""
     return colorsys.hsv_to_rgb((0.58 + index * _GOLDEN_RATIO) % 1, 0.75, 1.0)
 
 
 class LabelVisualizer(Visualizer):
-    """
-    A :class:`Visualizer` with a color for each class, that arranges its labels by
-    :func:`arrange_labels`.
-    """
+    """:class:`Visualizer` with a color for each class and :func:`arrange_labels`."""
 
-    def draw_instance_predictions(
-        self, predictions: Instances, labels: bool = True, boxes: bool = True
-    ) -> VisImage:
+    def draw_instance_predictions(self, predictions: Instances) -> VisImage:
         """
         Args:
             predictions: see :class:`Visualizer`; on the CPU.
-            labels: whether to write names and scores.
-            boxes: whether to draw boxes around masks.
         """
-        names = self.metadata.get("thing_classes")
-        classes = predictions.pred_classes.tolist()
-        text = [
-            f"{names[c] if names else c} {score:.0%}"
-            for c, score in zip(classes, predictions.scores.tolist())
-        ]
-        masks = predictions.pred_masks.numpy() if predictions.has("pred_masks") else None
+        classes, names = predictions.pred_classes.tolist(), self.metadata.get("thing_classes")
         return self.overlay_instances(
-            boxes=predictions.pred_boxes.tensor.numpy() if boxes or masks is None else None,
-            masks=masks,
-            labels=text if labels else None,
+            boxes=predictions.pred_boxes,
+            masks=predictions.get_fields().get("pred_masks"),
+            labels=_create_text_labels(classes, predictions.scores, names),
             assigned_colors=[class_color(c) for c in classes],
             alpha=0.35,
         )
 
     def overlay_instances(self, **kwargs: Any) -> VisImage:
-        """See :class:`Visualizer`. Labels that find no room are left out."""
+        """See :class:`Visualizer`. Labels without room are left out."""
         sizes = [len(kwargs[k]) for k in ("boxes", "masks") if kwargs.get(k) is not None]
         self._default_font_size *= min(1, max(0.5, math.sqrt(_CROWD / max(1, *sizes))))
         return arrange_labels(super().overlay_instances(**kwargs))
@@ -61,8 +48,8 @@ class LabelVisualizer(Visualizer):
 
 def arrange_labels(output: VisImage) -> VisImage:
     """
-    Lighten the labels of a picture, and move them inside it and apart, if there is room nearby.
-    Otherwise leave them out: Detectron2 writes the labels of boxes that agree over one another.
+    Lighten the labels of a picture, and move them inside it and apart. Leave out those without room
+    nearby: Detectron2 writes the labels of overlapping boxes over each other.
 
     Args:
         output: the picture of a :class:`Visualizer`. It is modified.
@@ -92,7 +79,7 @@ def draw_objects(
     image: np.ndarray, objects: list[dict[str, Any]], labels: list[str], colors: list, masks: bool
 ) -> np.ndarray:
     """
-    Draw the boxes of annotations or results in COCO's format, and their masks if `masks`.
+    Draw the boxes of annotations or results in COCO format, and their masks if `masks`.
 
     Args:
         image: (H, W, 3), uint8, RGB.

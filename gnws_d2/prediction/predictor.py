@@ -1,7 +1,6 @@
-"""Prediction with the published image pipeline."""
+"""Detectron2's predictor for trained and published models."""
 
 import difflib
-import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -29,38 +28,29 @@ def find_trained(
     model: str, opts: Sequence[Any] = (), datasets: Sequence[Sequence[str]] = ()
 ) -> CfgNode:
     """
-    Return the config of a trained model, with its weights and on the CPU if PyTorch finds no GPU.
+    Return the config of a trained model with its weights, on the CPU if PyTorch finds no GPU.
 
     Args:
-        model: a name of :mod:`.model_zoo`; the ``OUTPUT_DIR`` of a run, for its best checkpoint, or
-            else its last, which wins over a model of the same name; or a checkpoint.
+        model: the ``OUTPUT_DIR`` of a run, for its best checkpoint, or else its last; a checkpoint;
+            or a name of :mod:`.model_zoo`, if there is no run of that name.
         opts, datasets: see :func:`load_config`.
 
     Raises:
-        UserError: if there is no such model, and see :func:`load_config`.
+        UserError: if there is no such model; see :func:`load_config`, too.
     """
-    is_run, text = os.path.isfile(os.path.join(model, "config.yaml")), ""
-    if is_run and model in model_zoo.names():
-        logging.getLogger(__name__).warning(
-            f"{model} is the run in {os.path.abspath(model)}, not the published model of that name."
-        )
-    if model in model_zoo.names() and not is_run:
+    names, text = model_zoo.names(), ""
+    if model in names and not os.path.isfile(os.path.join(model, "config.yaml")):
         config_file, weights = model_zoo.get_config_file(model), model_zoo.get_checkpoint_url(model)
-    elif os.path.exists(model):
-        weights = find_checkpoint(model)
-        config_file = os.path.join(os.path.dirname(weights), "config.yaml")
-        text = read_config(weights)
-        if not (text or os.path.isfile(config_file)):
-            raise UserError(
-                f"{model} is not a trained model: it has no config.yaml. Name the OUTPUT_DIR of a "
-                "run, or a checkpoint in it."
-            )
     else:
-        near = difflib.get_close_matches(model, model_zoo.names(), n=3, cutoff=0)
-        raise UserError(
-            f"There is no model {model}: name the OUTPUT_DIR of a run, a checkpoint in one, or a "
-            f"published model, such as {', '.join(near)}."
-        )
+        weights = find_checkpoint(model) if os.path.exists(model) else ""
+        config_file = os.path.join(os.path.dirname(weights), "config.yaml")
+        text = read_config(weights) if weights else ""
+        if not (text or (weights and os.path.isfile(config_file))):
+            near = difflib.get_close_matches(model, names, n=3, cutoff=0)
+            raise UserError(
+                f"{model} is not a trained model: name the OUTPUT_DIR of a run with a checkpoint, "
+                f"a checkpoint beside its config.yaml, or a published model ({', '.join(near)})."
+            )
     cfg = load_config(config_file, ["MODEL.WEIGHTS", weights, *opts], datasets, text)
     choose_device(cfg)
     return cfg
@@ -69,10 +59,10 @@ def find_trained(
 class Predictor(DefaultPredictor):
     """
     :class:`DefaultPredictor` that resizes with OpenCV, as the published models were tested, loads
-    what :class:`GNWSCheckpointer` loads, knows the classes in the checkpoint (``metadata``), and
-    takes several images at once. Weights are standardized once, when it is made. On a CPU
-    the whole process keeps freed memory from then on, which saves a third of the time
-    (:func:`keep_freed_memory`); not with ``MODEL.GNWS.KERNELS reference``.
+    what :class:`GNWSCheckpointer` loads, has the class names of the checkpoint in ``metadata``, and
+    takes several images at once. Weights are standardized once, when it is built. On a CPU the
+    whole process keeps freed memory from then on, which saves a third of the time
+    (:func:`keep_freed_memory`), except with ``MODEL.GNWS.KERNELS reference``.
 
     Examples:
     ::
@@ -100,11 +90,10 @@ class Predictor(DefaultPredictor):
         if cfg.TEST.AUG.ENABLED:
             self.model = with_tta(cfg, self.model)
         self.input_format = cfg.INPUT.FORMAT
-        assert self.input_format in ["RGB", "BGR"], self.input_format
 
     @classmethod
     def from_pretrained(cls, model: str, opts: Sequence[Any] = ()) -> "Predictor":
-        """Make a predictor of a trained model: see :func:`find_trained`."""
+        """Build a predictor from a trained model: see :func:`find_trained`."""
         return cls(find_trained(model, opts))
 
     def __call__(
@@ -113,10 +102,10 @@ class Predictor(DefaultPredictor):
         """
         Args:
             original_image: an image of shape (H, W, 3), uint8, in BGR order, or a list of them,
-                of any sizes, which is one batch.
+                of any sizes, as one batch.
 
         Returns:
-            ``{"instances": Instances}`` in the coordinates of the image, or a list of these.
+            ``{"instances": Instances}`` in the coordinates of the image, or a list of such dicts.
         """
         images = [original_image] if isinstance(original_image, np.ndarray) else original_image
         with torch.no_grad():
@@ -127,7 +116,7 @@ class Predictor(DefaultPredictor):
         height, width = image.shape[:2]
         if self.input_format == "RGB":
             image = np.ascontiguousarray(image[:, :, ::-1])
-        if not self.cfg.TEST.AUG.ENABLED:  # which resizes itself
+        if not self.cfg.TEST.AUG.ENABLED:  # test-time augmentation resizes
             image = self.aug.get_transform(image).apply_image(image)
         tensor = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return {"image": tensor, "height": height, "width": width}

@@ -13,16 +13,16 @@ from ..utils.errors import UserError
 
 
 class OpenCVDatasetMapperTTA(DatasetMapperTTA):
-    """:class:`DatasetMapperTTA` that resizes the original image, by OpenCV."""
+    """:class:`DatasetMapperTTA` that resizes the original image with OpenCV."""
 
     def __call__(self, dataset_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """
         Args:
-            dataset_dict: its ``image``, (3, H, W) uint8, is of the original size.
+            dataset_dict: has the ``image``, (3, H, W), uint8, in its original size.
 
         Returns:
-            A dict for each of ``TEST.AUG.MIN_SIZES``, and for its mirror image with
-            ``TEST.AUG.FLIP``, with ``image`` and ``transforms``.
+            A dict with ``image`` and ``transforms`` for each of ``TEST.AUG.MIN_SIZES`` and, with
+            ``TEST.AUG.FLIP``, for its mirror image.
         """
         image = dataset_dict["image"].permute(1, 2, 0).numpy()
         ret = []
@@ -37,8 +37,8 @@ class OpenCVDatasetMapperTTA(DatasetMapperTTA):
 
 def with_tta(cfg: CfgNode, model: GeneralizedRCNN) -> GeneralizedRCNNWithTTA:
     """
-    Wrap a model, whose inputs are then images of their original size. Raise :class:`UserError` if
-    Detectron2 does not support it.
+    Wrap a model for test-time augmentation of images in their original size. Raise
+    :class:`UserError` for models that Detectron2 does not support.
     """
     if cfg.MODEL.KEYPOINT_ON or not isinstance(model, GeneralizedRCNN):
         raise UserError(

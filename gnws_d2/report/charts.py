@@ -1,4 +1,4 @@
-"""Line charts as inline SVG that reads well on a light page and on a dark one."""
+"""Line charts as inline SVG, for light and dark pages."""
 
 import io
 import re
@@ -20,7 +20,7 @@ _STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "gnws_d2",  # the same chart has the same ids
     "text.parse_math": False,
-    # Dashes tell curves apart for the color-blind, too.
+    # Dashes, because colors alone are not enough for the color-blind.
     "axes.prop_cycle": cycler(color=COLORS) + cycler(linestyle=["-"] * 3 + ["--"] * 3),
     "axes.edgecolor": _LINE,
     "axes.spines.top": False,
@@ -58,5 +58,5 @@ def line_chart(curves: Curves, x_label: str, y_label: str, y_max: float | None =
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(svg, format="svg", transparent=True, metadata=no_metadata)
     text = svg.getvalue()
-    # Only the ids that count elements would repeat in a page of several charts.
+    # These ids count elements, and would repeat in a page with several charts.
     return re.sub(r' id="[\w.]+_\d+"', "", text[text.index("<svg") :])

@@ -1,4 +1,4 @@
-"""Write the HTML page of a run."""
+"""Write an HTML page about a run."""
 
 import base64
 import contextlib
@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +17,19 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from tabulate import tabulate
 
-from .. import model_zoo
 from ..data import check_datasets, read_image, register_coco_datasets
 from ..evaluation import evaluate_results, read_results, read_truth, results_json
 from ..prediction.drawing import draw_objects
 from ..utils.errors import UserError
 from ..utils.files import atomic_write
-from .analysis import (
-    METRICS,
-    Mistakes,
-    analyze,
-    class_scores,
-    confusion_matrix,
-    find_mistakes,
-    most_confused,
-    read_matches,
-)
+from .analysis import METRICS, Analysis, analyze, confusion_matrix, find_mistakes
 from .charts import line_chart
 from .run_dir import Run, read_run
 
 _TASKS = {"bbox": "box", "segm": "mask"}
-_PUBLISHED_ON = "coco_2017_val"
 _NUM_PICTURES = 5  # of the typical images, and of the worst
-_LARGEST = 100 << 20  # bytes of an annotation file; to compare the images of more takes minutes
 _THRESHOLD = 0.5  # the lowest score of a detection that is drawn and counted
-_FOUND, _MISTAKE = "#3b9dff", "#ff8a1f"  # distinct for the color-blind
+_CORRECT, _MISTAKE = "#3b9dff", "#ff8a1f"  # distinct for the color-blind
 
 
 def make_report(run_dir: str, datasets: list[list[str]]) -> None:
@@ -51,7 +38,8 @@ def make_report(run_dir: str, datasets: list[list[str]]) -> None:
 
     Args:
         run_dir: see :func:`read_run`.
-        datasets: see :func:`register_coco_datasets`; those that the run was tested on.
+        datasets: the datasets that the run was tested on, if its config does not have their paths:
+            see :func:`register_coco_datasets`.
 
     Raises:
         UserError: if the run or a dataset does not exist, cannot be read or does not fit.
@@ -73,13 +61,15 @@ def make_report(run_dir: str, datasets: list[list[str]]) -> None:
         evaluations=evaluations,
         metrics=METRICS,
         threshold=_THRESHOLD,
+        correct=_CORRECT,
+        mistake=_MISTAKE,
         percent=_format,
     )
     output = os.path.join(run_dir, "report.html")
     with atomic_write(output, "wb") as f:
         f.write(page.encode())
     for evaluation in evaluations:
-        rows = [[name, *map(_format, ap.values())] for name, ap in evaluation["ap"].items()]
+        rows = [[name, *map(_format, a.ap.values())] for name, a in evaluation["analyses"].items()]
         head = [f"{run_dir} on {evaluation['name']} (%)", *METRICS]
         print(tabulate(rows, head, "github", disable_numparse=True) + "\n")
     if not evaluations:
@@ -88,95 +78,73 @@ def make_report(run_dir: str, datasets: list[list[str]]) -> None:
 
 
 def _evaluate(run: Run, dataset_name: str) -> dict[str, Any]:
-    """Evaluate the last predictions on a dataset: the variables of its part of the page."""
+    """Evaluate the last predictions on a dataset. Return the variables of its part of the page."""
     path = results_json(run.path, run.cfg, dataset_name)
     results = read_results(path)
-    DatasetCatalog.get(dataset_name)  # generates the built-in data
+    files = [record["file_name"] for record in DatasetCatalog.get(dataset_name)]
     truth = read_truth(MetadataCatalog.get(dataset_name).json_file)
-    analyses, precision = {}, {}
+    evaluations, analyses, precision = {}, {}, {}
     for task in _TASKS if run.cfg.MODEL.MASK_ON else ("bbox",):
         name = _TASKS[task]
         logging.getLogger(__name__).info(f"Computing {name} AP on {dataset_name} ...")
         try:
-            evaluation = evaluate_results(truth, results, task)
+            evaluations[task] = evaluate_results(truth, results, task)
         except ValueError as e:
             raise UserError(
                 f"{path} does not fit the dataset {dataset_name}: was another one evaluated? ({e})"
             ) from e
-        analyses[name] = analyze(evaluation)
-        curves = {
-            f"IoU {iou / 100:.2f}": (np.linspace(0, 1, 101), analyses[name].precision[i])
-            for i, iou in ((0, 50), (5, 75), (8, 90))
-        }
-        precision[f"Precision and recall, {name}"] = line_chart(curves, "recall", "precision", 1.02)
-        if task == "bbox":
-            boxes = evaluation
-    classes = {id: category["name"] for id, category in truth.cats.items()}
-    image_ids = sorted(truth.getImgIds())
-    matches = read_matches(evaluate_results(truth, results, "bbox", iou_threshold=0.5))
-    mistakes = find_mistakes(matches, image_ids, _THRESHOLD)
-    scores = class_scores(matches, _THRESHOLD)
-    weights = "" if run.num_iterations or dataset_name != _PUBLISHED_ON else run.cfg.MODEL.WEIGHTS
-    row = next((row for row in model_zoo.table() if weights == f"gnws://{row['name']}"), {})
-    worst = sorted(mistakes, key=lambda image_id: -sum(map(len, mistakes[image_id])))
-    num_objects = sum(len(match.annotations) for match in matches)
+        analyses[name] = analyze(evaluations[task])
+        precision[f"Precision and recall, {name}"] = _precision_chart(analyses[name])
+    # COCO matches in the order of the score, so that leaving the lowest out changes no other match.
+    counted = [result for result in results if result["score"] >= _THRESHOLD]
+    evaluation = evaluate_results(truth, counted, "bbox", iou_threshold=0.5)
+    mistakes = find_mistakes(evaluation)
     num_missed, num_false = (sum(len(m[i]) for m in mistakes.values()) for i in (0, 1))
-    confusion = confusion_matrix(boxes, _THRESHOLD)
+    num_objects = sum(not a.get("iscrowd") for a in truth.loadAnns(truth.getAnnIds()))
+    worst = sorted(mistakes, key=lambda image_id: -sum(map(len, mistakes[image_id])))
     shown = [image_id for image_id in worst[:_NUM_PICTURES] if any(mistakes[image_id])]
-    draw = partial(_pictures, boxes, dataset_name, mistakes=mistakes, masks="mask" in analyses)
-    errors = {name: a.errors for name, a in analyses.items() if a.errors}
+    first = max(0, (len(worst) - _NUM_PICTURES) // 2)
+    typical = [id for id in worst[first : first + _NUM_PICTURES] if id not in shown]
+
+    def draw(image_id: Any) -> dict[str, str]:
+        return _draw(evaluation, dataset_name, image_id, *mistakes[image_id], "mask" in analyses)
+
     return {
         "name": dataset_name,
-        "num_images": len(image_ids),
+        "num_images": len(mistakes),
         "num_objects": num_objects,
         "num_found": num_objects - num_missed,
         "num_false": num_false,
-        "overlap": _describe_overlap(run, dataset_name),
-        "ap": {name: a.ap for name, a in analyses.items()},
-        "class_ap": {name: a.class_ap for name, a in analyses.items()},
-        "errors": errors,
-        "largest_error": max((max(e.values()) for e in errors.values()), default=0),
-        "published": {name: row[f"{name}_ap"] for name in analyses if row},
+        "num_trained_on": _count_trained_on(run, files) if run.num_iterations else None,
+        "analyses": analyses,
         "precision": precision,
-        "scores": {classes[id]: pair for id, pair in scores.items()},
-        "confusion": most_confused(*confusion) if confusion else None,
-        "typical": [draw(image_id) for image_id in _median(worst) if image_id not in shown],
-        "worst": [draw(image_id) for image_id in shown],
+        "confusion": confusion_matrix(evaluations["bbox"], _THRESHOLD),
+        "typical": list(map(draw, typical)),
+        "worst": list(map(draw, shown)),
     }
 
 
-def _median(images: list[Any]) -> list[Any]:
-    first = max(0, (len(images) - _NUM_PICTURES) // 2)
-    return images[first : first + _NUM_PICTURES]
+def _precision_chart(analysis: Analysis) -> str:
+    recall = np.linspace(0, 1, analysis.precision.shape[1])
+    curves = {
+        f"IoU {iou:.2f}": (recall, analysis.precision[i])
+        for i, iou in ((0, 0.5), (5, 0.75), (8, 0.9))
+    }
+    return line_chart(curves, "recall", "precision", 1.02)
 
 
-def _describe_overlap(run: Run, dataset_name: str) -> str:
-    """Say whether images of a dataset were trained on, by comparing the bytes of the files."""
-    if not run.num_iterations:
-        return ""
-    files = [MetadataCatalog.get(name).get("json_file", "") for name in run.cfg.DATASETS.TRAIN]
-    if any(os.path.isfile(file) and os.path.getsize(file) > _LARGEST for file in files):
-        return ""
-    tested = _image_files(dataset_name)
-    trained = [file for name in run.cfg.DATASETS.TRAIN for file in _image_files(name)]
+def _count_trained_on(run: Run, files: list[str]) -> int | None:
+    """Count the image files that are also in ``DATASETS.TRAIN``, by content; None if unknown."""
+    trained: list[str] = []
+    for name in run.cfg.DATASETS.TRAIN:
+        with contextlib.suppress(Exception):  # not registered, or its annotations are gone
+            trained += [record["file_name"] for record in DatasetCatalog.get(name)]
+    files, trained = (list(filter(os.path.isfile, paths)) for paths in (files, trained))
     if not trained:
-        return ""
-    sizes = {os.path.getsize(file) for file in tested}
+        return None
+    sizes = set(map(os.path.getsize, files))  # others need not be read
     digests = {_digest(file) for file in trained if os.path.getsize(file) in sizes}
-    shared = sum(_digest(file) in digests for file in tested)
-    if not shared:
-        return "None of these images was trained on."
-    return (
-        f"{shared} of these {len(tested)} images were trained on as well: the figures say less "
-        "about new images."
-    )
-
-
-def _image_files(dataset_name: str) -> list[str]:
-    with contextlib.suppress(Exception):  # not registered, or its files are gone
-        files = [record["file_name"] for record in DatasetCatalog.get(dataset_name)]
-        return [file for file in files if os.path.isfile(file)]
-    return []
+    return sum(_digest(file) in digests for file in files)
 
 
 def _digest(file: str) -> bytes:
@@ -184,18 +152,14 @@ def _digest(file: str) -> bytes:
 
 
 def _facts(run: Run) -> dict[str, str]:
-    cfg, solver = run.cfg, run.cfg.SOLVER
+    cfg = run.cfg
     facts = {
         "Weights": cfg.MODEL.WEIGHTS or "none: trained from scratch",
         "Trained on": _join(cfg.DATASETS.TRAIN),
         "Tested on": _join(cfg.DATASETS.TEST),
     }
     if run.num_iterations:
-        facts |= {
-            "Iterations": f"{run.num_iterations:,} of {solver.MAX_ITER:,}",
-            "Batch": f"{solver.IMS_PER_BATCH} images",
-            "Learning rate": f"{solver.BASE_LR:g}, {solver.LR_SCHEDULER_NAME}",
-        }
+        facts["Iterations"] = f"{run.num_iterations:,} of {cfg.SOLVER.MAX_ITER:,}"
     times = [line["time"] for line in run.metrics if "time" in line]
     if times:
         facts["Speed"] = f"{np.median(times):.3g} s per iteration"
@@ -206,12 +170,12 @@ def _training_charts(run: Run) -> dict[str, str]:
     curves = {}
     for key in sorted({key for line in run.metrics for key in line}):
         lines = [line for line in run.metrics if key in line]
-        if len(lines) > 1:  # one point is no curve
+        if len(lines) > 1:
             curves[key] = [line["iteration"] for line in lines], [line[key] for line in lines]
     charts = {}
     for title, pattern, y_label in (
         ("Loss", "^(total_)?loss", "loss"),
-        ("Loss on the test images", "^validation/.*loss", "loss"),
+        ("Validation loss", "^validation/.*loss", "loss"),
         ("Learning rate", "^lr$", "learning rate"),
         ("AP over time", "/AP$", "AP (%)"),
     ):
@@ -220,12 +184,11 @@ def _training_charts(run: Run) -> dict[str, str]:
     return charts
 
 
-def _pictures(
-    evaluation: Any, dataset: str, image_id: int, *, mistakes: dict[int, Mistakes], masks: bool
+def _draw(
+    evaluation: Any, dataset: str, image_id: Any, missed: set[Any], false: set[int], masks: bool
 ) -> dict[str, str]:
     """Draw the ground truth and the detections of an image."""
-    missed, false = mistakes[image_id]
-    truth, found = (
+    truth, detections = (
         coco.loadAnns(coco.getAnnIds(imgIds=[image_id]))
         for coco in (evaluation.cocoGt, evaluation.cocoDt)
     )
@@ -235,17 +198,17 @@ def _pictures(
     root = MetadataCatalog.get(dataset).image_root
     image = read_image(os.path.join(root, file_name), "RGB")
 
-    def draw(objects: list[dict[str, Any]], wrong: set[int]) -> str:
+    def draw(objects: list[dict[str, Any]], wrong: set[Any]) -> str:
         names = [c["name"] for o in objects for c in evaluation.cocoGt.loadCats(o["category_id"])]
         labels = [f"{n} {o['score']:.0%}" if "score" in o else n for n, o in zip(names, objects)]
-        colors = [_MISTAKE if o["id"] in wrong else _FOUND for o in objects]
+        colors = [_MISTAKE if o["id"] in wrong else _CORRECT for o in objects]
         picture = draw_objects(image, objects, labels, colors, masks)
         _, jpeg = cv2.imencode(".jpg", picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
         return f"data:image/jpeg;base64,{base64.b64encode(jpeg.tobytes()).decode()}"
 
     return {
         "truth": draw(truth, missed),
-        "found": draw([d for d in found if d["score"] >= _THRESHOLD], false),
+        "detections": draw(detections, false),
         "caption": f"{file_name} (image {image_id}): {len(missed)} of {len(truth)} missed, "
         f"{len(false)} false",
     }

@@ -1,4 +1,4 @@
-"""Read the files that a run of ``train_net.py`` has left in its ``OUTPUT_DIR``."""
+"""Read the files of a run from its ``OUTPUT_DIR``."""
 
 import json
 import os
@@ -24,7 +24,7 @@ class Run:
     cfg: CfgNode  # scaled to the number of processes
     metrics: list[dict[str, Any]]  # the lines of metrics.json, by iteration
     facts: dict[str, str]  # the contents of run.json, for people
-    is_evaluated: bool  # else predictions in the directory are of an earlier run
+    is_evaluated: bool  # else predictions in the directory are from an earlier run
 
     @property
     def num_iterations(self) -> int:
@@ -35,21 +35,31 @@ class Run:
 def read_run(path: str, datasets: Sequence[Sequence[str]] = ()) -> Run:
     """
     Args:
-        path: ``OUTPUT_DIR`` of a run, which may have been moved, not have ended or only evaluated.
+        path: ``OUTPUT_DIR`` of a run, which may have been moved, be unfinished or only evaluated.
         datasets: see :func:`load_config`.
 
     Raises:
-        UserError: if it holds no run, or its files cannot be read.
+        UserError: if there is no run in `path`, or its files cannot be read.
     """
     config_file = os.path.join(path, "config.yaml")
     if not os.path.isfile(config_file):
-        raise UserError(f"{path} holds no run: {config_file} does not exist.")
-    cfg = load_config(config_file, [], datasets)
-    metrics = _read_metrics(os.path.join(path, "metrics.json"))
-    facts, num_processes, is_evaluated = _read_record(os.path.join(path, "run.json"))
-    if num_processes:
-        cfg = DefaultTrainer.auto_scale_workers(cfg, num_processes)
-    return Run(path, cfg, metrics, facts, is_evaluated)
+        raise UserError(f"{path} is not the OUTPUT_DIR of a run: {config_file} does not exist.")
+    run = Run(path, load_config(config_file, [], datasets), [], {}, is_evaluated=True)
+    run.metrics = _read_metrics(os.path.join(path, "metrics.json"))
+    record = os.path.join(path, "run.json")
+    if os.path.isfile(record):
+        try:
+            starts = json.loads(Path(record).read_text())
+            run.facts = _describe(starts)
+            run.is_evaluated = bool(starts[-1].get("evaluated", True))
+            num_processes = int(starts[-1]["num_processes"])
+        except (ValueError, TypeError, LookupError, AttributeError) as e:
+            raise UserError(
+                f"{record} is damaged ({type(e).__name__}: {e}): remove it to get a page without "
+                "its contents."
+            ) from e
+        run.cfg = DefaultTrainer.auto_scale_workers(run.cfg, num_processes)
+    return run
 
 
 def _read_metrics(path: str) -> list[dict[str, Any]]:
@@ -63,8 +73,8 @@ def _read_metrics(path: str) -> list[dict[str, Any]]:
             iteration = int(line["iteration"])
         except (ValueError, TypeError, KeyError):  # half a line, if the run was killed
             continue
-        # A line with a learning rate that goes back means that the run was started again, from a
-        # checkpoint or anew: later lines from before are not part of it.
+        # An iteration with a learning rate that is not after the last one: the run was started
+        # again, and repeats what follows.
         if "lr" in line:
             if iteration <= last:
                 lines = [old for old in lines if old["iteration"] < iteration]
@@ -73,31 +83,17 @@ def _read_metrics(path: str) -> list[dict[str, Any]]:
     return sorted(lines, key=lambda line: line["iteration"])
 
 
-def _read_record(path: str) -> tuple[dict[str, str], int | None, bool]:
-    """The facts in ``run.json``, for people, the number of processes, and whether it evaluated."""
-    if not os.path.isfile(path):
-        return {}, None, True
-    try:
-        starts = json.loads(Path(path).read_text())
-        last, machine = starts[-1], starts[-1]["machine"]
-        times = [[datetime.fromisoformat(s[key]) for key in ("start", "end")] for s in starts]
-        status, num_machines = last["status"], last["num_machines"]
-        versions = machine["versions"] | ({"CUDA": machine["cuda"]} if machine["cuda"] else {})
-        gpus = (f"{number} x {gpu}" for gpu, number in Counter(machine["gpus"]).items())
-        facts = {
-            "Command": last["command"],
-            "Started": str(times[0][0]),
-            "Duration": str(sum((end - start for start, end in times), timedelta())),
-            "Starts": str(len(starts)) if len(starts) > 1 else "",
-            "Status": "running, or killed" if status == "running" else status,
-            "Processes": str(last["num_processes"]),
-            "Machines": str(num_machines) if num_machines > 1 else "",
-            "Machine": ", ".join([machine["host"], *gpus, machine["cpu"]]),
-            "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        }
-        facts = {k: v for k, v in facts.items() if v}
-        return facts, int(last["num_processes"]), bool(last.get("evaluated", True))
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as e:
-        raise UserError(
-            f"{path} is damaged ({type(e).__name__}: {e}): remove it to get a page without it."
-        ) from e
+def _describe(starts: list[dict[str, Any]]) -> dict[str, str]:
+    last, machine = starts[-1], starts[-1]["machine"]
+    times = [[datetime.fromisoformat(s[key]) for key in ("start", "end")] for s in starts]
+    gpus = (f"{number} x {gpu}" for gpu, number in Counter(machine["gpus"]).items())
+    return {
+        "Command": last["command"],
+        "Started": str(times[0][0]),
+        "Duration": str(sum((end - start for start, end in times), timedelta())),
+        "Status": "running, or killed" if last["status"] == "running" else last["status"],
+        "Processes": str(last["num_processes"]),
+        "Machines": str(last["num_machines"]),
+        "Machine": ", ".join([machine["host"], *gpus, machine["cpu"]]),
+        "Versions": ", ".join(f"{name} {v}" for name, v in machine["versions"].items()),
+    }

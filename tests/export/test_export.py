@@ -1,13 +1,10 @@
-"""Exported models give the same detections in programs that cannot import this project."""
+"""Exported models give the same detections in processes that cannot import this project."""
 
 import json
-import logging
 import math
 import os
-import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -16,7 +13,6 @@ import pytest
 import torch
 from conftest import mmdet_state, small_mask_rcnn
 from detectron2.modeling import build_model
-from detectron2.utils.logger import setup_logger
 from torchvision.ops import box_iou
 
 from gnws_d2 import Predictor, model_zoo
@@ -24,7 +20,6 @@ from gnws_d2.data import OpenCVDatasetMapper
 from gnws_d2.export import export, export_model, fold_model
 from gnws_d2.utils.errors import RunError, UserError
 
-TOOL = str(Path(__file__).parent.parent.parent / "tools" / "export_model.py")
 NETWORKS = {
     name: "ci" if name == "mask_rcnn_X50_32x4d_gnws_2x" else "slow"
     for name in model_zoo.names()[:8]
@@ -133,7 +128,7 @@ def read(cfg, *paths):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_finds_the_same_in_images_of_any_size_and_nothing_in_others(
+def test_detections_are_the_same_on_images_of_any_size_and_without_objects(
     format, small, photographs, tmp_path
 ):
     none, image = read(small, *(photographs.images / f"{i}.jpg" for i in (2, 12)))
@@ -163,28 +158,27 @@ def read_classes(format, directory):
     return json.loads(session.get_modelmeta().custom_metadata_map["classes"])
 
 
-def test_onnx_file_says_what_goes_in_and_out(small, photographs, tmp_path):
+def test_onnx_file_names_and_types_its_inputs_and_outputs(small, photographs, tmp_path):
     export_model(small, "onnx", str(tmp_path), str(photographs.images / "2.jpg"))
     model = onnx.load(tmp_path / "model.onnx")
     onnx.checker.check_model(model, full_check=True)
     assert [opset.version for opset in model.opset_import if not opset.domain] == [17]
 
-    def describe(values):
-        return {
-            value.name: (
-                onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
-                *(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim),
-            )
-            for value in values
-        }
+    def describe(value):
+        tensor = value.type.tensor_type
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+        return dtype, *(d.dim_param or d.dim_value for d in tensor.shape.dim)
 
-    assert describe(model.graph.input) == {"image": ("uint8", 3, "height", "width")}
-    assert describe(model.graph.output) == {
-        "pred_boxes": ("float32", "detections", 4),
-        "scores": ("float32", "detections"),
-        "pred_classes": ("int64", "detections"),
-        "pred_masks": ("float32", "detections", 1, 28, 28),
+    (image,) = model.graph.input
+    assert image.name == "image" and describe(image) == ("uint8", 3, "height", "width")
+    outputs = {output.name: describe(output) for output in model.graph.output}
+    assert {name: (dtype, len(dims)) for name, (dtype, *dims) in outputs.items()} == {
+        "pred_boxes": ("float32", 2),
+        "scores": ("float32", 1),
+        "pred_classes": ("int64", 1),
+        "pred_masks": ("float32", 4),
     }
+    assert {first for _, first, *_ in outputs.values()} == {"detections"}
 
 
 def test_export_that_differs_is_an_error_and_leaves_the_old_files(
@@ -198,7 +192,7 @@ def test_export_that_differs_is_an_error_and_leaves_the_old_files(
     to_torchscript = export.to_torchscript
     monkeypatch.setattr(export, "to_torchscript", export_wrong)
     (tmp_path / "model.ts").write_text("old")
-    with pytest.raises(RunError, match=r"Nothing was written: on .*0\.jpg the exported") as e:
+    with pytest.raises(RunError, match=r"Nothing was written: on .*0\.jpg \d+ detections") as e:
         export_model(small, "torchscript", str(tmp_path), str(photographs.images / "0.jpg"))
     assert e.value.exit_status == 1
     assert os.listdir(tmp_path) == ["model.ts"]
@@ -208,7 +202,7 @@ def test_export_that_differs_is_an_error_and_leaves_the_old_files(
 def test_export_without_detections_to_verify_is_an_error(small, photographs, tmp_path):
     cfg = small.clone()
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 1.0
-    with pytest.raises(UserError, match=r"finds nothing on .*0\.jpg"):
+    with pytest.raises(UserError, match=r"detects nothing on .*0\.jpg"):
         export_model(cfg, "folded", str(tmp_path), str(photographs.images / "0.jpg"))
     assert not os.listdir(tmp_path)
 
@@ -224,7 +218,7 @@ def test_unsupported_config_is_refused(format, key, small, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["onnx", "folded"])
-def test_what_pytorch_cannot_export_is_one_sentence(small, photographs, tmp_path, format):
+def test_model_that_cannot_be_exported_is_one_sentence(small, photographs, tmp_path, format):
     cfg = small.clone()
     if format == "onnx":
         pytest.importorskip("detectron2._C")
@@ -241,7 +235,7 @@ def test_what_pytorch_cannot_export_is_one_sentence(small, photographs, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_plain_group_norm_model_is_exported_too(small, photographs, tmp_path):
+def test_plain_group_norm_model_is_exported(small, photographs, tmp_path):
     cfg = small.clone()
     cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
     cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
@@ -252,11 +246,13 @@ def test_plain_group_norm_model_is_exported_too(small, photographs, tmp_path):
     assert_same(actual, eager(cfg, read(cfg, image))[0])
 
 
-def test_folded_config_keeps_values_that_python_cannot_read_back():
+def test_folded_model_and_config_are_detectron2s_own():
     cfg = model_zoo.get_config("quick_start")
     cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE = math.inf
     cfg.OUTPUT_DIR = "1"
-    _, stock = fold_model(build_model(cfg), cfg)
+    folded, stock = fold_model(build_model(cfg), cfg)
+    assert not any("gnws" in type(m).__module__ for m in folded.modules())
+    assert stock.MODEL.RESNETS.NORM == "GN" and "GNWS" not in stock.dump()
     assert stock.SOLVER.CLIP_GRADIENTS.NORM_TYPE == math.inf and stock.OUTPUT_DIR == "1"
 
 
@@ -266,33 +262,12 @@ def test_missing_packages_are_named(small, photographs, tmp_path, monkeypatch):
         export_model(small, "onnx", str(tmp_path), str(photographs.images / "0.jpg"))
 
 
-def test_tool_prints_size_and_speed(small, photographs, tmp_path, monkeypatch, capsys):
-    setup_logger.cache_clear()  # log to this test's stdout
-    monkeypatch.setattr(logging.getLogger("gnws_d2"), "handlers", [])
-
-    def run(images, output):
-        argv = [
-            TOOL, "--config-file", model_zoo.get_config_file("quick_start"), "--format", "folded",
-            "--images", str(images), "--output", str(output), "MODEL.WEIGHTS", small.MODEL.WEIGHTS,
-        ]  # fmt: skip
-        monkeypatch.setattr(sys, "argv", argv)
-        runpy.run_path(TOOL, run_name="__main__")
-
-    run(photographs.images, tmp_path / "out")
-    out = capsys.readouterr().out
-    size = sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) / 1e6
-    assert f"folded: {size:.1f} MB" in out and out.count("s/im") == 2
-
-    (tmp_path / "empty").mkdir()
-    for images, output, message in (
-        (tmp_path / "no.jpg", tmp_path, f"Cannot read the image {tmp_path}/no.jpg"),
-        (tmp_path / "empty", tmp_path, f"The directory --images {tmp_path}/empty has no images"),
-        (photographs.images / "0.jpg", TOOL, f"File exists: '{TOOL}'"),
-    ):
-        with pytest.raises(SystemExit) as e:
-            run(images, output)
-        assert e.value.code == 2
-        assert message in capsys.readouterr().err
+def test_mistake_in_a_path_is_one_sentence(small, photographs, tmp_path):
+    image = str(photographs.images / "0.jpg")
+    with pytest.raises(UserError, match=f"^There is no image at --images {tmp_path}"):
+        export_model(small, "folded", str(tmp_path / "out"), str(tmp_path))
+    with pytest.raises(UserError, match=f"File exists: '{image}'"):
+        export_model(small, "folded", image, image)
 
 
 @pytest.mark.parametrize(

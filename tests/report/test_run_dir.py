@@ -58,7 +58,7 @@ def read(tmp_path):
     return read
 
 
-def test_iterations_that_were_done_again_count_once(read):
+def test_repeated_iterations_count_once(read):
     """A resumed run repeats some; a run that started anew has none of the run before."""
     run = read(lines=metrics(19, 200, ap=10.0) + metrics(139, 180) + metrics(19, 60, ap=30.0))
     assert [line["iteration"] for line in run.metrics] == [19, 39, 59, 60]
@@ -81,28 +81,24 @@ def test_damaged_lines_of_metrics_are_left_out(read, tmp_path):
     assert run.metrics == read_run(str(tmp_path)).metrics == lines
 
 
-def test_facts_are_those_of_all_starts(read):
+def test_facts_cover_all_starts(read):
     assert read(starts=[START, {**START, **RESUMED}]).facts == {
         "Command": "train_net.py --config-file a.yaml",
         "Started": "2026-12-31 23:59:00",
         "Duration": "0:04:56",  # two starts of 2 min 28 s
-        "Starts": "2",
         "Status": "finished",
         "Processes": "2",
+        "Machines": "1",
         "Machine": "node7, 2 x NVIDIA H200, AMD EPYC, 16 threads",
-        "Versions": "python 3.11.7, torch 2.15.0, gnws_d2 0.1.0, CUDA 13.2",
+        "Versions": "python 3.11.7, torch 2.15.0, gnws_d2 0.1.0",
     }
-    machine = {**START["machine"], "gpus": [], "cuda": None}
-    facts = read(starts=[{**START, "machine": machine, "num_machines": 2}]).facts
-    assert facts["Machine"] == "node7, AMD EPYC, 16 threads" and facts["Machines"] == "2"
-    assert "CUDA" not in facts["Versions"] and "Starts" not in facts
+    machine = {**START["machine"], "gpus": []}
+    facts = read(starts=[{**START, "machine": machine, "status": "running"}]).facts
+    assert facts["Machine"] == "node7, AMD EPYC, 16 threads"
+    assert facts["Status"] == "running, or killed"
 
 
-def test_a_run_that_was_killed_may_seem_to_run(read):
-    assert read(starts=[{**START, "status": "running"}]).facts["Status"] == "running, or killed"
-
-
-def test_what_the_hook_of_training_writes_can_be_read(read, tmp_path, monkeypatch):
+def test_record_of_a_training_is_read(read, tmp_path, monkeypatch):
     class Trainer(TrainerBase):
         checkpointer = SimpleNamespace(last_saved="")
 
@@ -118,7 +114,7 @@ def test_what_the_hook_of_training_writes_can_be_read(read, tmp_path, monkeypatc
     assert facts["Processes"] == "1" and facts["Status"] == "finished"
 
 
-def test_a_run_of_stock_detectron2_can_be_read(tmp_path):
+def test_run_of_stock_detectron2_is_read(tmp_path):
     """It has none of our keys and no run.json; --eval-only leaves no metrics.json either."""
     (tmp_path / "config.yaml").write_text(get_cfg().dump())
     run = read_run(str(tmp_path))
@@ -126,21 +122,14 @@ def test_a_run_of_stock_detectron2_can_be_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "starts",
-    ["[{", "[]", "{}", "3", [START["machine"]], [{**START, "start": "now"}], [3],
-     [{**START, "machine": []}], [{**START, "num_processes": None}]],
-)  # fmt: skip
-def test_a_damaged_record_is_one_sentence(read, starts):
+    "starts", ["[{", "[]", "3", [3], [START["machine"]], [{**START, "start": "now"}]]
+)
+def test_damaged_record_is_one_sentence(read, starts):
     with pytest.raises(UserError, match=r"run\.json is damaged .*: remove it"):
         read(starts=starts)
 
 
-def test_iterations_are_those_of_the_number_of_processes(read):
+def test_iterations_are_scaled_to_the_number_of_processes(read):
     keys = ["SOLVER.REFERENCE_WORLD_SIZE", "4", "SOLVER.IMS_PER_BATCH", "8"]
     run = read(*keys, "SOLVER.MAX_ITER", "60", starts=[START])
     assert run.cfg.SOLVER.MAX_ITER == 120 and run.cfg.SOLVER.IMS_PER_BATCH == 4
-
-
-def test_what_is_no_run_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"holds no run: .*config.yaml does not exist"):
-        read_run(str(tmp_path / "nothing"))
