@@ -10,7 +10,7 @@ from conftest import ROOT
 
 SCRIPT = ROOT / "tools" / "slurm.sh"
 STAND_INS = {
-    # The tasks of two machines; signals are forwarded, and the highest status is returned.
+    # Starts a task on each of two machines, forwards SIGTERM, and returns the highest status.
     "srun": r"""
 echo "$*" >srun.txt
 while [[ $1 == --* ]]; do shift; done
@@ -30,7 +30,7 @@ exit "$highest"
 echo "$*" >>scontrol.txt
 [ "$1 $2" != "show hostnames" ] || printf 'node7\nnode9\n'
 """,
-    # torchrun: ends with $STATUS, or, if there is none, with 1 when it is asked to.
+    # torchrun: exits with $STATUS, or without one runs until SIGTERM and exits with 1.
     "python": r"""
 echo "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE $*" >"task$SLURM_NODEID.txt"
 trap 'exit 1' TERM
@@ -82,7 +82,7 @@ def requeued(tmp_path):
     return "requeue 41007" in (tmp_path / "scontrol.txt").read_text().splitlines()
 
 
-def test_every_machine_trains_by_torchrun_and_resumes(job, tmp_path):
+def test_every_machine_runs_torchrun_with_resume(job, tmp_path):
     run = job("--config-file", "a b.yaml", "SEED", "1", STATUS="0", SLURM_CPUS_PER_TASK="16")
     assert run.wait(30) == 0, run.stderr.read()
     for rank in (0, 1):
@@ -121,9 +121,3 @@ def test_wrong_directory_is_named(job, tmp_path):
     assert run.stderr.read() == (
         f"slurm.sh: error: there is no train_net.py in {tmp_path}: run sbatch where it is.\n"
     )
-
-
-def test_slurm_keeps_the_job_and_signals_in_time():
-    lines = SCRIPT.read_text().splitlines()
-    assert {"#SBATCH --requeue", "#SBATCH --signal=B:USR1@180"} <= set(lines)
-    assert "#SBATCH --ntasks-per-node=1" in lines
