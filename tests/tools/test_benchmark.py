@@ -12,7 +12,7 @@ from gnws_d2 import model_zoo
 from gnws_d2.config import load_config
 from gnws_d2.layers import GroupNorm, WSConv2d
 from gnws_tools import benchmark, benchmark_variants
-from gnws_tools.benchmark import ALL_MODELS, MODELS, VARIANTS, argument_parser
+from gnws_tools.benchmark import ALL_MODELS, MODELS, argument_parser
 
 TINY = ["MODEL.RPN.POST_NMS_TOPK_TEST", "10", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "10"]
 
@@ -51,39 +51,19 @@ def test_each_variant_runs_in_its_own_process_in_turns(replies):
         ["train, ms", "2500 (2000 - 3000) 1.000x", "4500 (4000 - 5000) 1.800x"],
         ["train, GiB", "2.5 (2 - 3) 1.000x", "4.5 (4 - 5) 1.800x"],
     ]
-
-
-def test_table_of_the_gpu_has_a_row_for_each_part_and_a_column_for_each_variant():
-    operator, model = "GroupNorm + ReLU", "train, batch 2"
-    both = {operator: [50e-6], model: [0.2, 0.3, 0.25]}
-    measured = {
-        "GN+WS": {"seconds": both, "memory_bytes": {model: [2**30]}},
-        "GN+WS, torch": {"seconds": {**both, operator: [400e-6]}, "memory_bytes": {}},
-        "FrozenBN": {"seconds": {model: [0.125]}, "memory_bytes": {model: [2**29]}},
-    }
-    assert table(benchmark.format_table(measured)) == [
-        ["", "GN+WS", "GN+WS, torch", "FrozenBN"],
-        [f"{operator}, ms", "0.05 (0.05 - 0.05) 1.000x", "0.4 (0.4 - 0.4) 8.000x", ""],
-        [f"{model}, ms", *["250 (200 - 300) 1.000x"] * 2, "125 (125 - 125) 0.500x"],
-        [f"{model}, GiB", "1 (1 - 1) 1.000x", "", "0.5 (0.5 - 0.5) 0.500x"],
-    ]
+    del measured["GN"]["seconds"]["train"]  # as operators, which GN does not have
+    assert table(benchmark.format_table(measured))[1][2] == ""
 
 
 def table(text):
-    _, *lines = (line for line in text.splitlines() if "---" not in line)
-    rows = [text.splitlines()[0], *lines]
+    rows = [line for line in text.splitlines() if "---" not in line]
     return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
 
 
-@pytest.mark.parametrize(
-    "returncode, status",
-    [(2, 2), (-9, "benchmark.py: error: GN was killed (-9).")],
-)
-def test_failure_of_a_variant_ends_the_benchmark(replies, returncode, status):
-    replies[1].append(SimpleNamespace(returncode=returncode, stdout=""))
-    with pytest.raises(SystemExit) as e:
+def test_killed_variant_ends_the_benchmark(replies):
+    replies[1].append(SimpleNamespace(returncode=-9, stdout=""))
+    with pytest.raises(SystemExit, match=r"GN was killed \(-9\)"):
         benchmark.measure(["GN"], arguments("train"))
-    assert e.value.code == status
 
 
 def run_script(*words, cwd):
@@ -175,15 +155,6 @@ def test_training_step_computes_gradients_and_keeps_the_weights(variant, monkeyp
     assert all(torch.equal(p, before[name]) for name, p in models[0].named_parameters())
 
 
-@pytest.mark.parametrize("variant", VARIANTS["ops"])
-def test_operators_run_at_all_shapes(variant):
-    args = arguments("ops", "--image-size", "64", "64")
-    parts = benchmark_variants.prepare_ops(load_config("quick_start", []), variant, args)
-    assert "weight standardization, float32" in parts
-    for part in parts.values():
-        part.prepare()()
-
-
 def test_operators_of_all_kernels_are_the_same_function():
     w, x, bias = torch.randn(8, 4, 3, 3), torch.randn(2, 64, 5, 5), torch.randn(64)
     for kernels in ("auto", "triton", "torch"):
@@ -202,13 +173,3 @@ def test_mappers_map_every_image_of_the_dataset(photographs, tmp_path):
     assert done.returncode == 0, done.stderr
     for part in ("18 images, training", "18 images, test"):
         assert f"| {part}, ms " in done.stdout
-
-
-def test_inputs_have_objects_inside_the_image():
-    cfg = model_zoo.get_config("quick_start")
-    for x in benchmark_variants.make_inputs(cfg, [80, 120], 2):
-        boxes = x["instances"].gt_boxes
-        assert x["image"].shape == (3, 80, 120)
-        assert boxes.inside_box((80, 120)).all() and boxes.nonempty().all()
-        assert x["instances"].gt_classes.max() < cfg.MODEL.ROI_HEADS.NUM_CLASSES
-        assert x["instances"].gt_masks.nonempty().all()
