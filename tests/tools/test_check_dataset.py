@@ -53,9 +53,3 @@ def test_every_issue_is_listed_by_id(photographs, images, run, tmp_path):
 def test_good_dataset_has_no_issues(photographs, images, run):
     status, stdout, _ = run(photographs.json_file, images)
     assert status == 0 and stdout.endswith("trainval.json: 0 issues\n")
-
-
-def test_missing_file_is_one_sentence_with_status_2(run):
-    status, stdout, stderr = run("gone.json", ".")
-    assert status == 2 and stdout == ""
-    assert stderr.startswith("gnws check-dataset: error: Cannot read the annotation file gone.json")
