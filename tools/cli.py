@@ -173,8 +173,6 @@ def demo(parser: ArgumentParser) -> int:
     add_dataset_argument(parser)
     add("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs, at the end")
     args = parser.parse_args()
-    if not 0 <= args.confidence_threshold <= 1:
-        parser.error(f"--confidence-threshold {args.confidence_threshold} is not from 0 to 1")
     if args.webcam and args.output:
         parser.error("--webcam shows a window and writes nothing: leave out --output")
     from gnws_d2.prediction.demo import run_demo
