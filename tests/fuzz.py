@@ -1,4 +1,4 @@
-"""Mutation of files for the fuzz tests, and the check of what comes of them."""
+"""Mutate files for the fuzz tests, and check the outcome."""
 
 import sys
 
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from gnws_d2.utils.errors import UserError
 
-# What code that a file asks for would do here, as Python's audit events.
+# Python's audit events of what code in a file may do.
 WATCHED = {
     "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.mkdir", "os.remove", "os.rename",
     "subprocess.Popen", "socket.connect", "socket.getaddrinfo", "urllib.Request",
@@ -24,7 +24,7 @@ sys.addaudithook(audit)
 
 
 def outcome(function, *args):
-    """The function's value, or None if it raised a UserError of one line. No code has run."""
+    """Return the function's value, or None after a UserError of one line. No code may run."""
     seen.clear()
     watching[0] = True
     try:
@@ -43,7 +43,7 @@ decisions = st.binary(min_size=2, max_size=9)
 
 
 class Choice:
-    """Of a mutator, which takes one byte after the other, and ends when there are none."""
+    """The choices of a mutator, which take one byte after the other, until there are none."""
 
     def __init__(self, data):
         self.data = list(data[::-1])

@@ -8,7 +8,7 @@ import sysconfig
 import pytest
 from conftest import ROOT, launches_on_cpu
 
-SCRIPTS = ("finetune", "demo", "report", "convert_weights", "export_model", "check_dataset")
+SCRIPTS = ("finetune", "demo", "report", "convert_weights", "export_model")
 TINY = [
     "MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64",
     "SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()", "SOLVER.MAX_ITER", "1",

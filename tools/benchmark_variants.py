@@ -1,4 +1,4 @@
-"""What a process of ``tools/benchmark.py`` measures: one variant."""
+"""Measure one variant, in a process that ``tools/benchmark.py`` starts."""
 
 import argparse
 import gc
@@ -7,8 +7,9 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import cli  # noqa: F401  (before Detectron2, whose warnings it filters)
@@ -27,10 +28,8 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gnws_d2.config import load_config
+from gnws_d2.config import check_device, load_config
 from gnws_d2.data import OpenCVDatasetMapper, register_coco_datasets
-from gnws_d2.data.coco import check_registered
-from gnws_d2.engine.checks import check_device, check_precision
 from gnws_d2.engine.run_record import describe_machine
 from gnws_d2.export.fold import STOCK_NAMES, fold_model
 from gnws_d2.layers import (
@@ -40,18 +39,17 @@ from gnws_d2.layers import (
     standardize_weight,
 )
 from gnws_d2.layers.weight_standardization import standardize_weight_reference
-from gnws_d2.utils.errors import UserError, exit_on_user_error
+from gnws_d2.utils.errors import exit_on_user_error
 from gnws_d2.utils.process import keep_freed_memory
 
-DRY_RUN = ["MODEL.DEVICE", "cpu", "SOLVER.AMP.PRECISION", "bfloat16"]
 Step = Callable[[], Any]
 
 
 class Part(NamedTuple):
-    """What is measured by itself."""
+    """One thing to measure."""
 
     prepare: Callable[[], Step]  # returns the step to time
-    calls: int = 1  # in each step; times are divided by it
+    calls: int = 1  # per step; times are divided by it
     memory: bool = False  # whether to measure peak memory
 
 
@@ -120,7 +118,7 @@ def prepare_model(
     scaler = torch.amp.GradScaler(device, enabled=amp and dtype == torch.float16)
     optimizer = build_optimizer(cfg, model)
     for group in optimizer.param_groups:
-        group["lr"] = 0.0  # every step is to have the same work
+        group["lr"] = 0.0  # so that every step does the same work
 
     @torch.no_grad()
     def infer() -> None:
@@ -128,7 +126,7 @@ def prepare_model(
             model(inputs)
 
     def train_step() -> None:
-        torch.manual_seed(0)  # of the proposals that are sampled
+        torch.manual_seed(0)  # sample the same proposals
         with EventStorage(), autocast:
             loss = sum(model(inputs).values())
         scaler.scale(loss).backward()
@@ -162,19 +160,16 @@ def run_operator(
             torch.autograd.grad(outputs, [t for tensors in inputs for t in tensors], grads)
 
 
-def operator_parts(
-    cfg: CfgNode,
-    kernels: str,
-    shapes: Sequence[tuple[int, ...]],
-    dtypes: list[torch.dtype],
-    backward: bool = True,
-    calls: int = 1,
-) -> Parts:
+def prepare_ops(cfg: CfgNode, variant: str, args: argparse.Namespace) -> Parts:
     """Weight standardization of all convolutions of a model, and GroupNorm + ReLU by shape."""
+    kernels = variant.removeprefix("GN+WS").removeprefix(", ") or "auto"
+    cuda = cfg.MODEL.DEVICE != "cpu"
+    batch_sizes = (1, 2) if args.work == "gpu" else (args.batch_size,)
+    shapes = [shape for n in batch_sizes for shape in model_shapes(n, *args.image_size)]
     model = build_model(cfg).requires_grad_()  # the frozen layers too
     weights = [(m.weight,) for m in model.modules() if isinstance(m, WSConv2d)]
     parts = {}
-    for dtype in dtypes:
+    for dtype in [torch.float32] + [getattr(torch, cfg.SOLVER.AMP.PRECISION)] * cuda:
         cases: dict[str, Any] = {}
         cases["weight standardization"] = partial(standardize, dtype, kernels), weights
         for shape in shapes:
@@ -182,21 +177,14 @@ def operator_parts(
             inputs = [tuple(t.to(cfg.MODEL.DEVICE).requires_grad_() for t in tensors)]
             name = f"GroupNorm + ReLU, {' x '.join(map(str, shape))}"
             cases[name] = partial(normalize, kernels), inputs
-        for name, (operator, inputs) in cases.items():
+        for backward, (name, (operator, inputs)) in product((False, True), cases.items()):
             grads = [tensors[0].detach().to(dtype) for tensors in inputs]
+            calls = 50 if cuda else 1
             # A partial of partial, as Part.prepare returns the step.
             prepare = partial(partial, run_operator, operator, inputs, grads, calls, backward)
             name += f", {str(dtype).removeprefix('torch.')}{'' if backward else ', forward'}"
             parts[name] = Part(prepare, calls)
     return parts
-
-
-def prepare_ops(cfg: CfgNode, variant: str, args: argparse.Namespace) -> Parts:
-    n, (h, w) = args.batch_size, args.image_size
-    stages = [(n, 256 * s // 4, h // s, w // s) for s in (4, 8, 16, 32)]
-    shapes = [(n, 64, h // 2, w // 2), *stages, (1000 * n, 256, 7, 7)]
-    dtypes = [torch.float32] + [torch.float16] * torch.cuda.is_available()
-    return operator_parts(cfg, "auto" if variant == "fused" else "reference", shapes, dtypes)
 
 
 def prepare_models(cfg: CfgNode, variant: str, args: argparse.Namespace) -> Parts:
@@ -215,17 +203,10 @@ def model_shapes(n: int, height: int, width: int) -> list[tuple[int, ...]]:
 
 
 def prepare_gpu(cfg: CfgNode, variant: str, args: argparse.Namespace) -> Parts:
-    """Operators with the kernels of a variant of GN+WS, and models."""
-    parts: Parts = {}
-    if variant.startswith("GN+WS"):
-        kernels = variant.removeprefix("GN+WS").removeprefix(", ") or "auto"
-        dtypes = [torch.float32, getattr(torch, cfg.SOLVER.AMP.PRECISION)]
-        shapes = [s for n in (1, 2) for s in model_shapes(n, *args.image_size)]
-        shapes, calls = (shapes[:3], 1) if args.dry_run else (shapes, 50)
-        for backward in (False, True):
-            parts |= operator_parts(cfg, kernels, shapes, dtypes, backward, calls)
+    """Models, and for GN+WS also the operators."""
+    parts = prepare_ops(cfg, variant, args) if variant.startswith("GN+WS") else {}
     for work, n in [("inference", 1), ("train", 2), ("inference", 8), ("train", 8)]:
-        for name in (variant, f"{variant}, AMP") if n < 8 or not args.dry_run else ():
+        for name in (variant, f"{variant}, AMP"):
             prepare = partial(prepare_model, cfg, name, work == "train", args.image_size, n)
             parts[f"{work}, batch {n}{name.removeprefix(variant)}"] = Part(prepare, memory=True)
     return parts
@@ -233,13 +214,7 @@ def prepare_gpu(cfg: CfgNode, variant: str, args: argparse.Namespace) -> Parts:
 
 def prepare_dataloader(cfg: CfgNode, variant: str, args: argparse.Namespace) -> Parts:
     """Map the images of the first dataset of ``DATASETS.TRAIN`` in one thread."""
-    if not cfg.DATASETS.TRAIN:
-        raise UserError("DATASETS.TRAIN is empty: name the dataset to map.")
-    check_registered("TRAIN", cfg.DATASETS.TRAIN[0])
-    try:
-        records = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
-    except OSError as e:
-        raise UserError(f"DATASETS.TRAIN {cfg.DATASETS.TRAIN[0]} cannot be read: {e}.") from e
+    records = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     np.random.seed(0)  # both mappers draw the same augmentation
@@ -254,7 +229,7 @@ def prepare_dataloader(cfg: CfgNode, variant: str, args: argparse.Namespace) -> 
 
 
 def measure_part(part: Part, args: argparse.Namespace, cuda: bool) -> tuple[list[float], int]:
-    """Return the seconds of each run, and the bytes at the peak over those before."""
+    """Return the seconds of each run, and the peak memory in bytes beyond what was in use."""
     gc.collect()
     synchronize = torch.cuda.synchronize if cuda else lambda: None
     synchronize()
@@ -274,7 +249,7 @@ def measure_part(part: Part, args: argparse.Namespace, cuda: bool) -> tuple[list
 
 
 def _peak_memory(cuda: bool) -> int:
-    """Return the peak in bytes: allocated on the GPU since the last reset, or resident ever."""
+    """Return the peak in bytes: on the GPU since the last reset, or of the process so far."""
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return torch.cuda.max_memory_allocated() if cuda else resident
 
@@ -285,17 +260,13 @@ def main() -> None:
     variant, args = sys.argv[1], argparse.Namespace(**json.loads(sys.argv[2]))
     output, sys.stdout = sys.stdout, sys.stderr  # for what others print
     sys.argv = ["benchmark.py"]  # for errors
-    opts = [*args.opts, *(["MODEL.DEVICE", "cuda"] if args.work == "gpu" else [])]
-    opts += DRY_RUN if args.dry_run else []
-    cfg = load_config(args.config_file, opts, args.dataset)
+    cfg = load_config(args.config_file, args.opts, args.dataset)
     register_coco_datasets(cfg.DATASETS.COCO)
     cuda = cfg.MODEL.DEVICE != "cpu" and args.work != "dataloader"
-    if variant.endswith(", AMP"):
-        check_precision(cfg.MODEL.DEVICE, cfg.SOLVER.AMP.PRECISION if cuda else "bfloat16")
     if cuda:
         check_device(cfg)
     elif args.work == "ops" or variant.removesuffix(", AMP") in ("GN+WS", "GN"):
-        # As entry points do for our models; all operations are compared with the same setting.
+        # As Predictor and train_net.py do for these models. For operators, in both variants.
         keep_freed_memory()
     result: dict[str, Any] = {"machine": describe_machine(), "seconds": {}, "memory_bytes": {}}
     prepare = {"ops": prepare_ops, "dataloader": prepare_dataloader, "gpu": prepare_gpu}

@@ -25,9 +25,9 @@ hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 host=${hosts%%$'\n'*}
 port=$((10000 + SLURM_JOB_ID % 20000)) # one for each job, as two may share a machine
 
-# Each start has a store of its own, and the time to write a checkpoint.
+# Give each start its own store, and workers the time to write a checkpoint.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=150
-# A machine that has ended first must not end the others before their checkpoint is written.
+# Without it, srun would kill the other machines before their checkpoint is written.
 srun --kill-on-bad-exit=0 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
     "$python" -m torch.distributed.run --nnodes "$SLURM_NNODES" \
     --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" --max-restarts 3 --rdzv-id "$SLURM_JOB_ID" \

@@ -168,7 +168,7 @@ def test_missing_files_of_a_dataset_are_named(fails, photographs, tmp_path):
             "--dataset", name, str(json_file), str(image_root),
             "--config-file", QUICK_START, "DATASETS.TRAIN", f"('{name}',)",
         )  # fmt: skip
-        assert f"--dataset {name}: {missing} does not exist" in error
+        assert f"of the dataset {name} does not exist: {missing}" in error
 
 
 def test_missing_image_stops_unless_training_skips_it(fails, photographs, tmp_path, monkeypatch):

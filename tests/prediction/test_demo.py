@@ -218,7 +218,6 @@ def test_every_frame_of_a_video_is_drawn(demo, frames):
     [
         (["--input", "gone.jpg", "*.gone"], "no image at gone.jpg. .* at [*].gone."),
         (["--input", "photos", "--output", "classes.json/out"], "classes.json/out: Not a dir"),
-        (["--input", "photos", "--confidence-threshold", "50"], "--confidence-threshold 50.0"),
         (["--input", "photos", "--video-input", "in.mp4"], "not allowed with argument --input"),
         (["--video-input", "gone.mp4"], "cannot read the video gone.mp4"),
         (["--video-input", "classes.json"], "cannot read the video classes.json"),

@@ -1,4 +1,4 @@
-"""The command `gnws` runs the scripts, and prints help without importing PyTorch."""
+"""The commands of `gnws`, whose help does not wait for PyTorch."""
 
 import argparse
 import subprocess
@@ -8,8 +8,6 @@ import pytest
 from detectron2.engine import default_argument_parser
 
 from gnws_d2.engine import train_net
-from gnws_tools.benchmark import MODELS
-from gnws_tools.benchmark import argument_parser as benchmark_argument_parser
 from gnws_tools.cli import COMMANDS, add_train_arguments, main
 
 HELP = """
@@ -31,16 +29,11 @@ def run(*args):
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])
-def test_help_needs_no_pytorch(command):
+def test_help_is_printed_without_importing_pytorch(command):
     done = run(*filter(None, [command]), "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: gnws {command or '[-h]'}")
-
-
-def test_every_command_is_listed_with_its_description():
-    done = run("--help")
-    for command, (_, text) in COMMANDS.items():
-        assert any(line.split() == [command, *text.split()] for line in done.stdout.splitlines())
+    assert command or all(f"\n  {name} " in done.stdout for name in COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -49,12 +42,6 @@ def test_every_command_is_listed_with_its_description():
         ([], "gnws: error: the following arguments are required: COMMAND"),
         (["trian"], "gnws: error: argument COMMAND: invalid choice: 'trian'"),
         (["train", "--num-gpus", "two"], "gnws train: error: argument --num-gpus: invalid int"),
-        (["train", "--config-file", "gone.yaml"], "train: error: --config-file gone.yaml does not"),
-        (
-            ["eval", "--dataset", "a", "gone.json", "."],
-            "eval: error: --dataset a: gone.json does not",
-        ),
-        (["finetune", "--data", "gone", "--output", "x"], "finetune: error: --data gone does not"),
         (
             "export --config-file a --format folded --int8 --images b --output c".split(),
             "gnws export: error: --int8 needs --format onnx, not folded",
@@ -68,58 +55,26 @@ def test_mistakes_end_at_once_with_status_2(args, message):
     assert message in done.stderr
 
 
-def test_train_and_eval_are_train_net(monkeypatch):
-    called = []
-    monkeypatch.setattr(train_net, "separate_evaluation", lambda args: None)
-    monkeypatch.setattr(train_net, "get_config", called.append)
-    monkeypatch.setattr(train_net, "check_setup", lambda *_: sys.exit(7))
-    for command in ("train", "eval"):
-        monkeypatch.setattr(
-            sys, "argv", ["gnws", command, "--config-file", "quick_start", "SEED", "1"]
-        )
-        with pytest.raises(SystemExit) as e:
-            main()
-        assert e.value.code == 7
-    train, evaluate = called
-    assert not train.eval_only and evaluate.eval_only
-    assert train.config_file == evaluate.config_file == "quick_start"
-    assert train.opts == evaluate.opts == ["SEED", "1"]
+@pytest.mark.parametrize("command, eval_only", [("train", False), ("eval", True)])
+def test_train_and_eval_are_train_net(monkeypatch, command, eval_only):
+    jobs = []
+    monkeypatch.setattr(train_net, "run", jobs.append)
+    argv = ["gnws", command, "--config-file", "quick_start", "OUTPUT_DIR", "new"]
+    monkeypatch.setattr(sys, "argv", argv)
+    main()
+    assert [job.eval_only for job in jobs] == [eval_only]
+    assert jobs[0].opts == ["OUTPUT_DIR", "new"]
 
 
-def train_argument_parser():
-    parser = argparse.ArgumentParser()
-    add_train_arguments(parser)
-    return parser
-
-
-def options(parser):
-    return {
-        tuple(action.option_strings) or action.dest: (action.dest, action.type, action.nargs)
-        for action in parser._actions
-        if not isinstance(action, argparse._HelpAction)
-    }
+def parse(parser, *words):
+    return vars(parser.parse_args(words))
 
 
 def test_options_are_detectron2s():
     """They are copied, because importing Detectron2's parser imports PyTorch."""
-    own, detectron2s = options(train_argument_parser()), options(default_argument_parser())
-    assert own.pop(("--dataset",)) and own == detectron2s
+    own, detectron2s = argparse.ArgumentParser(), default_argument_parser()
+    add_train_arguments(own)
     words = ["--resume", "--eval-only", "--num-gpus", "2", "--num-machines", "3"]
     words += ["--machine-rank", "1", "--dist-url", "u", "--config-file", "f", "SEED", "1"]
-    own, detectron2s = (
-        vars(parser.parse_args(words))
-        for parser in (train_argument_parser(), default_argument_parser())
-    )
-    assert own.pop("dataset") == [] and own == detectron2s
-    own, detectron2s = (
-        vars(parser.parse_args([]))
-        for parser in (train_argument_parser(), default_argument_parser())
-    )
-    assert own.pop("dataset") == [] and own.pop("dist_url") == "auto"
-    del detectron2s["dist_url"]
-    assert own == detectron2s
-
-
-def test_help_names_the_models_of_a_benchmark():
-    text = " ".join(benchmark_argument_parser().format_help().split())
-    assert "; ".join(MODELS) in text
+    assert parse(own, *words) == {**parse(detectron2s, *words), "dataset": []}
+    assert parse(own) == {**parse(detectron2s), "dataset": [], "dist_url": "auto"}
