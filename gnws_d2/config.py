@@ -1,4 +1,4 @@
-"""The config keys of this project, beside Detectron2's own, and how a config file is read."""
+"""The config keys that this project adds to Detectron2's, and how a config file is read."""
 
 import difflib
 import logging
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.config.defaults import _C
 
 from .utils.errors import UserError
 
@@ -20,11 +19,9 @@ CONFIG_DIR = Path(__file__).parent / "model_zoo" / "configs"
 
 def add_gnws_config(cfg: CfgNode) -> None:
     """
-    Add the keys below to `cfg`. The models also build from configs without them. Importing this
-    package adds them to Detectron2's defaults, so that ``get_cfg()`` has them.
+    Add the keys of this project to `cfg`, from Detectron2's ``get_cfg()``, so that config files of
+    this project can be merged into it. The models also build from configs without them.
     """
-    if "GNWS" in cfg.MODEL:
-        return
     cfg.MODEL.GNWS = CfgNode()
     # Which operators run on a GPU. "auto": Triton kernels where they can run and PyTorch's own
     # operators elsewhere. "triton": stop if the kernels cannot run. "torch": PyTorch's own
@@ -63,29 +60,18 @@ def add_gnws_config(cfg: CfgNode) -> None:
 
     # Whether each evaluation of TEST.EVAL_PERIOD also computes the losses on DATASETS.TEST.
     cfg.TEST.VALIDATION_LOSS = False
-    # A file of predictions in COCO's results format, such as inference/coco_instances_results.json
-    # in OUTPUT_DIR, which --eval-only evaluates instead of a model.
-    cfg.TEST.PREDICTIONS = ""
-
     # Stop after this number of evaluations without a better AP; 0 for never.
     cfg.SOLVER.PATIENCE = 0
 
     cfg.DISTRIBUTED = CfgNode()
     # Seconds that a process waits for the others in a collective.
     cfg.DISTRIBUTED.TIMEOUT = 1800
-    # Deprecated keys, accepted so that old config files load.
-    cfg.register_deprecated_key("DISTRIBUTED.START_TIMEOUT")
-    cfg.register_deprecated_key("DISTRIBUTED.LOST_TIMEOUT")
 
     # Weights & Biases (pip install wandb): the project that a training is logged to, with all that
     # TensorBoard gets; "" for none. Its own settings are environment variables, such as
     # WANDB_ENTITY and WANDB_MODE.
     cfg.WANDB = CfgNode()
     cfg.WANDB.PROJECT = ""
-
-
-STOCK_CONFIG = get_cfg()
-add_gnws_config(_C)
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -133,6 +119,7 @@ def load_config(
             key names; or for precomputed proposals, which Detectron2 reads as pickles.
     """
     cfg = get_cfg()
+    add_gnws_config(cfg)
     config_file = find_config_file(config_file)
     try:
         if text:

@@ -3,11 +3,11 @@
 import copy
 from itertools import chain
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from torch import nn
 
-from ..config import STOCK_CONFIG, flatten_config
+from ..config import flatten_config
 from ..layers import fold_ws_conv
 
 # Our registered names, and Detectron2's for the same without weight standardization.
@@ -27,7 +27,7 @@ def fold_model(model: nn.Module, cfg: CfgNode) -> tuple[nn.Module, CfgNode]:
     Args:
         model, cfg: the GN+WS model, which is left unchanged, and its config.
     """
-    stock = STOCK_CONFIG.clone()
+    stock = get_cfg()
     known = flatten_config(stock)
     own = [item for item in flatten_config(cfg.clone()).items() if item[0] in known]
     # A string is parsed as Python; inf would have no notation there.

@@ -5,13 +5,13 @@ import pytest
 import torch
 from conftest import mmdet_state, retinanet_with_gn
 from detectron2 import model_zoo as d2_model_zoo
+from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone, build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from gnws_d2 import Predictor, model_zoo
-from gnws_d2.config import STOCK_CONFIG
 from gnws_d2.layers import (
     GroupNorm,
     WSConv2d,
@@ -167,7 +167,7 @@ def test_kernels_do_not_depend_on_the_seed(seed, kernels):
 
 
 def test_stock_config_without_our_keys_builds():
-    cfg = STOCK_CONFIG.clone()
+    cfg = get_cfg()
     cfg.merge_from_file(model_zoo.get_config_file("faster_rcnn_R50_gnws_1x"))
     cfg.MODEL.DEVICE = "cpu"
     assert "GNWS" not in cfg.MODEL
