@@ -50,14 +50,12 @@ class Trainer(DefaultTrainer):
 
     iter: int
 
-    def __init__(self, cfg: CfgNode, config_file: str = ""):
+    def __init__(self, cfg: CfgNode):
         """
         Args:
-            cfg: the config, whose ``OUTPUT_DIR`` exists.
-            config_file: the path of its file, for ``run.json``.
+            cfg: a config, whose ``OUTPUT_DIR`` exists.
         """
-        # The same objects in the same order as in DefaultTrainer, which always wraps the model for
-        # a GPU when there are several processes.
+        # As in DefaultTrainer, which wraps the model for a GPU if there are several processes.
         TrainerBase.__init__(self)
         config = cfg.dump()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
@@ -87,7 +85,7 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
-        self.cfg, self._config_file = cfg, config_file
+        self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
@@ -119,7 +117,7 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             if cfg.WANDB.PROJECT:
                 ret.append(WandbRun(cfg))
-            ret.append(RunRecord(cfg.OUTPUT_DIR, self._config_file, evaluation, best))
+            ret.append(RunRecord(cfg.OUTPUT_DIR, evaluation, best))
         return [*ret, InterruptedEvaluation(evaluation, best)]
 
     def _evaluate(self) -> dict[str, Any]:
@@ -131,7 +129,7 @@ class Trainer(DefaultTrainer):
         return results
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """See :class:`DefaultTrainer`. A training that starts anew forgets earlier checkpoints."""
+        """See :class:`DefaultTrainer`. A new training ignores checkpoints of an earlier one."""
         checkpoint = self.checkpointer.get_checkpoint_file() if resume else ""
         super().resume_or_load(resume=resume)
         self._check_ranks_agree(os.path.basename(checkpoint) or "no checkpoint")

@@ -46,9 +46,7 @@ class RunRecord(HookBase):
     """
     Write ``run.json``: a list with a dict for each time that the training was started or resumed:
 
-    * ``command``, ``config_file``, ``resume``, ``num_processes``, ``num_machines``;
-    * ``choices``: key, value and reason of what was derived from the data: the content of
-      ``NAME.choices.json`` beside a config file ``NAME.yaml``, which fine-tuning writes;
+    * ``command``, ``num_processes``, ``num_machines``;
     * ``machine``: :func:`describe_machine` of the main process;
     * ``start`` and ``end``: local times in ISO format; while it runs, ``end`` is the last update;
     * ``first_iteration``, and ``iterations``: the number of iterations that are done;
@@ -66,11 +64,10 @@ class RunRecord(HookBase):
     def __init__(
         self,
         output_dir: str,
-        config_file: str,
         evaluation: EvalHook | None = None,
         best: BestCheckpointer | None = None,
     ):
-        self._path, self._config_file = os.path.join(output_dir, "run.json"), config_file
+        self._path = os.path.join(output_dir, "run.json")
         self._evaluation, self._best = evaluation, best
         self._starts: list[dict[str, Any]] = []
 
@@ -83,9 +80,6 @@ class RunRecord(HookBase):
         self._starts.append(
             {
                 "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-                "config_file": self._config_file,
-                "choices": self._read_choices(),
-                "resume": first > 0,
                 "num_processes": comm.get_world_size(),
                 "num_machines": comm.get_world_size() // comm.get_local_size(),
                 "machine": describe_machine(),
@@ -112,13 +106,6 @@ class RunRecord(HookBase):
         status = "stopped" if stopped else "failed" if error and not early else "finished"
         # Both end the training before Detectron2 counts the last iteration.
         self._write(status, min(self.trainer.iter + (stopped or early), self.trainer.max_iter))
-
-    def _read_choices(self) -> list[dict[str, Any]]:
-        path = f"{os.path.splitext(self._config_file)[0]}.choices.json"
-        if not os.path.isfile(path):
-            return []
-        with open(path) as f:
-            return json.load(f)
 
     def _files(self) -> dict[str, Any]:
         files: dict[str, Any] = {}

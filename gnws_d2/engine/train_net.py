@@ -44,7 +44,8 @@ def get_config(args: argparse.Namespace) -> CfgNode:
 def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     """
     Detectron2's :func:`default_setup`, with memory settings and threads for CPUs, and processes
-    that end with their launcher. ``config.yaml`` stays that of the training in ``OUTPUT_DIR``.
+    that end with their launcher. An evaluation in the ``OUTPUT_DIR`` of a training leaves its
+    ``config.yaml`` as it is.
     """
     on_cpu = cfg.MODEL.DEVICE == "cpu"
     if on_cpu and cfg.MODEL.GNWS.KERNELS != "reference":
@@ -63,7 +64,7 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gnws_d2")
     for handler in setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank()).handlers:
         if getattr(handler, "stream", None) is sys.stdout:
-            # Detectron2 logs an error with its traceback, and then it ends the command.
+            # The error ends the command with a message; its traceback is for log.txt.
             handler.addFilter(lambda record: not record.exc_info)
 
 
@@ -78,7 +79,7 @@ def main(args: argparse.Namespace) -> dict | None:
             verify_results(cfg, results)
         return results
 
-    trainer = Trainer(cfg, args.config_file)
+    trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 
@@ -93,8 +94,8 @@ def _evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict:
 
 def separate_evaluation(args: argparse.Namespace) -> None:
     """
-    Have ``--eval-only`` with the ``OUTPUT_DIR`` of a training write into its ``evaluation/``, and
-    leave the files of the training alone: change `args` to that.
+    Change `args` so that ``--eval-only`` with the ``OUTPUT_DIR`` of a training writes into
+    ``evaluation/`` there, and the files of the training stay as they are.
     """
     if not args.eval_only:
         return

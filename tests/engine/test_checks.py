@@ -174,25 +174,6 @@ def test_missing_image_stops_unless_training_skips_it(
     assert launched == [1]
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"segmentation": None}, "has the segmentation None.*MODEL.MASK_ON"),
-        ({"category_id": 9}, "has category id 9"),
-    ],
-)
-def test_faulty_annotation_is_named(fails, photographs, tmp_path, change, message):
-    coco = photographs.coco()
-    coco["annotations"][5].update(id=1234, **change)
-    path, name = tmp_path / "faulty.json", f"faulty_{next(iter(change))}"
-    path.write_text(json.dumps(coco))
-    error = fails(
-        "--dataset", name, str(path), str(photographs.images),
-        "--config-file", QUICK_START, "DATASETS.TRAIN", f"('{name}',)",
-    )  # fmt: skip
-    assert re.search(f"{path}: annotation id 1234 {message}", error), error
-
-
 def test_restarts_by_torchrun_need_a_store_for_each_start(fails, monkeypatch):
     environment = dict(
         TORCHELASTIC_RUN_ID="1", TORCHELASTIC_RESTART_COUNT="0", RANK="0", LOCAL_RANK="0",

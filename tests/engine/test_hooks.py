@@ -107,11 +107,6 @@ def test_checkpoints_of_another_run_in_the_same_directory_stay(tmp_path):
     assert names(tmp_path) == sorted([*others, "model_0000005", "model_final"])
 
 
-def test_all_checkpoints_are_kept_by_default(tmp_path):
-    Trainer(tmp_path, [lambda c: PeriodicCheckpointer(c, 2)]).train(0, 4)
-    assert names(tmp_path) == ["model_0000001", "model_0000003", "model_final"]
-
-
 def test_best_checkpoint_is_of_the_best_ap_also_after_a_resume(tmp_path):
     aps = [10.0, 30.0, float("nan"), 20.0, 25.0, 31.0, 5.0]
 
@@ -162,7 +157,7 @@ def test_error_of_a_hook_before_training_is_not_hidden_by_the_hooks_after_it(tmp
             raise UserError("W&B is not there.")
 
     handler = signal.getsignal(signal.SIGTERM)
-    hooks = [lambda _: Broken(), stop_on_signal, lambda _: RunRecord(str(tmp_path), "a.yaml")]
+    hooks = [lambda _: Broken(), stop_on_signal, lambda _: RunRecord(str(tmp_path))]
     with pytest.raises(UserError, match="W&B is not there"):
         Trainer(tmp_path, hooks).train(0, 2)
     assert signal.getsignal(signal.SIGTERM) == handler and not (tmp_path / "run.json").exists()
@@ -203,7 +198,7 @@ def evaluating_hooks(tmp_path):
             return made[-1]
 
         made = []
-        last = [lambda _: RunRecord(str(tmp_path), "", *made)]
+        last = [lambda _: RunRecord(str(tmp_path), *made)]
         last += [lambda _: InterruptedEvaluation(*made)]
         return [lambda c: PeriodicCheckpointer(c, 2), stop_on_signal, evaluation, best, *last]
 

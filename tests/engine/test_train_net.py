@@ -72,7 +72,7 @@ def test_train_resume_evaluate_and_report(fruits, tmp_path):
     assert "Starting training from iteration 2" in run.stdout
     first, second = json.loads((output / "run.json").read_text())
     assert (first["iterations"], second["first_iteration"], second["iterations"]) == (2, 2, 4)
-    assert first["status"] == second["status"] == "finished" and second["resume"]
+    assert first["status"] == second["status"] == "finished"
     assert torch.load(output / "model_final.pth", weights_only=False)["iteration"] == 3
     _, expected = read_metrics(output)
     assert {"bbox/AP", "segm/AP", "bbox/AP-date"} <= expected.keys()
@@ -256,16 +256,6 @@ def test_machines_without_a_shared_output_dir_do_not_resume(fruits, tmp_path):
         assert run.returncode == 2, run.stderr
         starts = r"\(model_final.pth at iteration \d+ and no checkpoint at iteration 0\)"
         assert re.search(f"Ranks 0 and 1 differ in the start {starts}: start all with", run.stderr)
-
-
-@pytest.mark.ci
-def test_diverging_run_stops_and_names_what_is_not_finite(fruits, tmp_path):
-    options, keys = fruits
-    run = train_net(*options, *keys, "SOLVER.BASE_LR", "1e30", "OUTPUT_DIR", "o", datasets=tmp_path)
-    assert run.returncode == 2 and "Traceback" not in run.stdout + run.stderr
-    (error,) = [line for line in run.stderr.splitlines() if "error:" in line]
-    assert error.startswith("train_net.py: error: Iteration ") and ".jpg" in error
-    assert "No checkpoint yet" in error and "SOLVER.ON_NON_FINITE skip" in error
 
 
 @pytest.mark.ci

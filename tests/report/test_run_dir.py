@@ -15,8 +15,6 @@ from gnws_d2.utils.errors import UserError
 
 START = {
     "command": "train_net.py --config-file a.yaml",
-    "config_file": "a.yaml",
-    "resume": False,
     "num_processes": 2,
     "num_machines": 1,
     "machine": {
@@ -111,7 +109,7 @@ def test_what_the_hook_of_training_writes_can_be_read(read, tmp_path, monkeypatc
 
     monkeypatch.setattr("sys.argv", ["/somewhere/train_net.py", "--config-file", "a b.yaml"])
     trainer = Trainer()
-    trainer.register_hooks([RunRecord(str(tmp_path), "a b.yaml")])
+    trainer.register_hooks([RunRecord(str(tmp_path))])
     trainer.train(0, 3)
     facts = read().facts
     assert facts["Command"] == "train_net.py --config-file 'a b.yaml'"
