@@ -130,7 +130,7 @@ def test_first_error_ends_all_processes_and_is_shown_once(job, tmp_path, launche
     assert time.monotonic() - began < 15
     assert_none_left()
     if launcher == "torchrun":
-        assert run.returncode == 1  # whatever the processes' own
+        assert run.returncode == 1  # whatever the exit status of the processes
         assert ("Signal 9 (SIGKILL)" if what == "die" else message) in stderr
     else:
         assert run.returncode == (2 if what.startswith("wrong") else 1)
@@ -205,7 +205,7 @@ def test_processes_end_with_their_launcher(job, tmp_path, launcher):
 
 @pytest.fixture
 def process_group(tmp_path):
-    """This process alone, as Detectron2's launcher sets it up."""
+    """A process group of this process alone, set up as by Detectron2's launcher."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     create_local_process_group(1)
     yield
@@ -214,7 +214,7 @@ def process_group(tmp_path):
 
 
 def test_no_thread_of_gloo_is_left_at_exit(process_group):
-    """One that frees a tensor while the interpreter shuts down aborts the process."""
+    """A thread that frees a tensor while the interpreter shuts down aborts the process."""
     comm._get_global_gloo_group()
 
     def threads():

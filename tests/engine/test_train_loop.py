@@ -52,9 +52,11 @@ def make_trainer(kinds, skip=False, checkpoint="", precision="", steps=1):
 
 
 def run(trainer, n, start=0):
-    with EventStorage(start):
+    """Run `n` iterations, and return the last metrics."""
+    with EventStorage(start) as storage:
         for trainer.iter in range(start, start + n):
             trainer.run_step()
+    return {name: value for name, (value, _) in storage.latest().items()}
 
 
 def weights(trainer):
@@ -160,10 +162,7 @@ def accumulate(model, batches, steps):
     trainer = FiniteTrainer(
         model, batches, optimizer, skip=False, last_checkpoint=str, accumulate_steps=steps
     )
-    with EventStorage(0) as storage:
-        for trainer.iter in range(len(batches)):
-            trainer.run_step()
-    return {name: value for name, (value, _) in storage.latest().items()}
+    return run(trainer, len(batches))
 
 
 def test_accumulated_steps_equal_one_with_a_large_batch(float64_nms):

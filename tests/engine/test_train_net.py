@@ -143,8 +143,8 @@ def test_truncated_image_stops_training_with_its_name(photographs, tmp_path, pro
 
 
 @pytest.mark.ci
-def test_sigterm_leaves_a_checkpoint_from_which_other_processes_go_on(fruits, tmp_path):
-    """With half the batch, twice as many iterations are done, and twice as many are to do."""
+def test_sigterm_leaves_a_checkpoint_that_another_number_of_processes_resumes(fruits, tmp_path):
+    """With half the batch size, both the iterations done and the iterations to do are doubled."""
     options, keys = fruits
     keys += ["SOLVER.REFERENCE_WORLD_SIZE", "2", "SOLVER.IMS_PER_BATCH", "4", "OUTPUT_DIR", "out"]
     keys += ["DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.WARMUP_ITERS", "0"]
