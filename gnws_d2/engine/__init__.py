@@ -1,14 +1,4 @@
-from .checks import check_setup
 from .defaults import Trainer
-from .launch import join_torchrun, lock_output_dir, supervise
-from .setup import default_setup, get_config
+from .train_net import default_setup, get_config, run
 
-__all__ = [
-    "Trainer",
-    "check_setup",
-    "default_setup",
-    "get_config",
-    "join_torchrun",
-    "lock_output_dir",
-    "supervise",
-]
+__all__ = ["Trainer", "default_setup", "get_config", "run"]

@@ -1,7 +1,6 @@
-"""Detectron2's default trainer, with what GN+WS models need of it."""
+"""Detectron2's default trainer for GN+WS models."""
 
 import copy
-import errno
 import logging
 import os
 import weakref
@@ -10,19 +9,20 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, build_detection_test_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.data import transforms as T
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
-from detectron2.evaluation import DatasetEvaluator, print_csv_format
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import GNWSCheckpointer
+from ..config import flatten_config
 from ..data import OpenCVDatasetMapper
 from ..data.coco import dataset_classes
 from ..data.train_loader import TrainLoader, build_train_loader, derive_seed
 from ..data.workers import StoppableLoader
-from ..evaluation import COCOEvaluator, build_evaluator, read_results
+from ..evaluation import build_evaluator
 from ..layers import fold_for_inference
 from ..modeling import checkpoint_activations
 from ..prediction.test_time_augmentation import with_tta
@@ -44,20 +44,18 @@ from .train_loop import FiniteTrainer
 
 class Trainer(DefaultTrainer):
     """
-    :class:`DefaultTrainer` with OpenCV's image pipeline and COCO evaluation, which trains on CPUs,
-    too, and resumes exactly where it stopped.
+    :class:`DefaultTrainer` with OpenCV's image pipeline and COCO evaluation, that also trains on
+    CPUs, and resumes exactly where it stopped.
     """
 
     iter: int
 
-    def __init__(self, cfg: CfgNode, config_file: str = ""):
+    def __init__(self, cfg: CfgNode):
         """
         Args:
-            cfg: the config, whose ``OUTPUT_DIR`` exists.
-            config_file: the file that it is from, for ``run.json``.
+            cfg: a config, whose ``OUTPUT_DIR`` exists.
         """
-        # The same objects in the same order as in DefaultTrainer, which always wraps the model for
-        # a GPU when there are several processes.
+        # As in DefaultTrainer, which wraps the model for a GPU if there are several processes.
         TrainerBase.__init__(self)
         config = cfg.dump()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
@@ -87,8 +85,7 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
-        self.cfg, self._config_file = cfg, config_file
-        self._beginning = ""
+        self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
@@ -109,7 +106,7 @@ class Trainer(DefaultTrainer):
                 ret.append(hook)
                 continue
             evaluation, best = EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate), None
-            ret += [StopOnSignal(self._trainer), evaluation]
+            ret += [StopOnSignal(), evaluation]
             if cfg.TEST.EVAL_PERIOD and cfg.DATASETS.TEST:
                 metric = "segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP"
                 if len(cfg.DATASETS.TEST) > 1:
@@ -120,7 +117,7 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             if cfg.WANDB.PROJECT:
                 ret.append(WandbRun(cfg))
-            ret.append(RunRecord(cfg.OUTPUT_DIR, self._config_file, evaluation, best))
+            ret.append(RunRecord(cfg.OUTPUT_DIR, evaluation, best))
         return [*ret, InterruptedEvaluation(evaluation, best)]
 
     def _evaluate(self) -> dict[str, Any]:
@@ -132,36 +129,32 @@ class Trainer(DefaultTrainer):
         return results
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """See :class:`DefaultTrainer`. A training that starts anew forgets earlier checkpoints."""
+        """See :class:`DefaultTrainer`. A new training ignores checkpoints of an earlier one."""
         checkpoint = self.checkpointer.get_checkpoint_file() if resume else ""
         super().resume_or_load(resume=resume)
-        self._check_starts_agree(os.path.basename(checkpoint) or "no checkpoint")
-        if checkpoint:
-            self._beginning = f"Resuming {self.cfg.OUTPUT_DIR} at iteration {self.start_iter}."
-            return
-        self._beginning = f"Starting a new training in {self.cfg.OUTPUT_DIR}."
-        if resume:
-            self._beginning += " There is no checkpoint to --resume from."
-        elif comm.is_main_process() and self.checkpointer.has_checkpoint():
+        self._check_ranks_agree(os.path.basename(checkpoint) or "no checkpoint")
+        if not resume and comm.is_main_process() and self.checkpointer.has_checkpoint():
             # Else a restart before the first checkpoint would resume from another training.
             os.remove(os.path.join(self.cfg.OUTPUT_DIR, "last_checkpoint"))
 
-    def _check_starts_agree(self, checkpoint: str) -> None:
-        starts = comm.all_gather(f"{checkpoint} at iteration {self.start_iter}")
-        for rank, start in enumerate(starts):
-            if start != starts[0]:
-                raise UserError(
-                    f"Rank 0 would start from {starts[0]}, but rank {rank} from {start}: "
-                    f"OUTPUT_DIR {self.cfg.OUTPUT_DIR} must be a directory that all machines share."
-                )
+    def _check_ranks_agree(self, checkpoint: str) -> None:
+        start = {"the start": f"{checkpoint} at iteration {self.start_iter}"}
+        first, *others = comm.all_gather(start | flatten_config(self.cfg))
+        for rank, other in enumerate(others, 1):
+            for name, value in first.items():
+                if value != other.get(name):
+                    raise UserError(
+                        f"Ranks 0 and {rank} differ in {name} ({value} and {other.get(name)}): "
+                        "start all with the same config and an OUTPUT_DIR that all machines share."
+                    )
 
     def state_dict(self) -> dict[str, Any]:
-        # After the last one Detectron2 counts one more, while the best checkpoint may be written.
+        # Detectron2 has counted on when the best checkpoint is written after the last iteration.
         iteration = min(self.iter, self.max_iter - 1)
         data_loader = self.data_loader.state_dict(iteration + 1)
         return {
             **super().state_dict(),
-            "_trainer": self._trainer.state_dict(),  # which Detectron2 v0.6 leaves out
+            "_trainer": self._trainer.state_dict(),  # Detectron2 v0.6 leaves it out
             "iteration": iteration,
             "data_loader": data_loader,
         }
@@ -176,7 +169,7 @@ class Trainer(DefaultTrainer):
         TrainerBase.load_state_dict(self, state_dict)
         if "_trainer" in state_dict:
             self._trainer.load_state_dict(state_dict["_trainer"])
-        if "data_loader" not in state_dict:  # of stock Detectron2
+        if "data_loader" not in state_dict:  # a checkpoint of stock Detectron2
             return
         start_iter = self.data_loader.load_state_dict(state_dict["data_loader"])
         if start_iter != self.iter + 1:
@@ -193,22 +186,12 @@ class Trainer(DefaultTrainer):
             group["initial_lr"], group["lr"] = base_lr, lr
 
     def train(self) -> dict[str, Any] | None:
-        """See :class:`DefaultTrainer`; raises :class:`UserError` if the disk is full."""
-        if self._beginning:
-            logging.getLogger(__name__).info(self._beginning)
+        """See :class:`DefaultTrainer`."""
         try:
             with catch_signals():
                 return super().train()
         except EarlyStop:
-            return getattr(self, "_last_eval_results", None)
-        except OSError as e:
-            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            last = self.checkpointer.get_checkpoint_file()
-            raise UserError(
-                f"The disk of {self.cfg.OUTPUT_DIR} is full: free some space"
-                + (f", and --resume continues from {last}." if last else ".")
-            ) from e
+            return self._last_eval_results
 
     def run_step(self) -> None:
         # So that the sampled proposals do not depend on where a run started.
@@ -228,31 +211,6 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.AUG.ENABLED:
             model = with_tta(cfg, model)
         return super().test(cfg, model, evaluators)
-
-    @classmethod
-    def test_predictions(cls, cfg: CfgNode) -> dict[str, Any]:
-        """
-        Evaluate ``TEST.PREDICTIONS`` on the dataset of ``DATASETS.TEST``, in the main process.
-
-        Raises:
-            UserError: if the file cannot be read, or is not of the dataset.
-        """
-        if not comm.is_main_process():
-            return {}
-        (name,) = cfg.DATASETS.TEST
-        DatasetCatalog.get(name)  # fills in the class names
-        predictions = read_results(cfg.TEST.PREDICTIONS)
-        evaluator = cls.build_evaluator(cfg, name)
-        if not isinstance(evaluator, COCOEvaluator):
-            raise UserError(
-                f"TEST.PREDICTIONS is for datasets in COCO format, which {name} is not."
-            )
-        try:
-            results = evaluator.evaluate_results(predictions)
-        except ValueError as e:
-            raise UserError(f"{cfg.TEST.PREDICTIONS} does not fit the dataset {name}: {e}.") from e
-        print_csv_format(results)
-        return results
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:

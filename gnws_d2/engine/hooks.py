@@ -18,15 +18,13 @@ from torch import nn
 
 from ..data import OpenCVDatasetMapper
 from ..data.workers import StoppableLoader
-from ..utils.errors import UserError
 from ..utils.signals import Stopped, stop_together
-from .train_loop import FiniteTrainer
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
     """
-    Detectron2's hook whose ``max_to_keep`` also counts the checkpoints from before a resume, but
-    none of another run that used the same directory.
+    Detectron2's hook whose ``max_to_keep`` also counts the checkpoints from before a resume, and no
+    others in the directory.
     """
 
     def after_step(self) -> None:
@@ -37,18 +35,11 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
                 os.remove(self.recent_checkpoints.pop(0))
 
     def state_dict(self) -> dict[str, Any]:
-        names = [os.path.basename(path) for path in self.recent_checkpoints]
-        iteration = min(self.trainer.iter, self.trainer.max_iter - 1)
-        if (iteration + 1) % self.period == 0:  # it may be the one that is being written
-            names.append(f"{self.file_prefix}_{iteration:07d}.pth")
-        return {"recent_checkpoints": list(dict.fromkeys(names))}
+        return {"recent_checkpoints": list(map(os.path.basename, self.recent_checkpoints))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         names = [*state_dict["recent_checkpoints"]]
-        last = os.path.basename(self.checkpointer.get_checkpoint_file())
-        # The one of a signal counts, too, but not model_final, or a damaged one after this one.
-        if last <= f"{self.file_prefix}_{self.trainer.iter:07d}.pth":
-            names.append(last)
+        names.append(f"{self.file_prefix}_{self.trainer.iter:07d}.pth")  # this state is from it
         paths = [os.path.join(self.checkpointer.save_dir, name) for name in dict.fromkeys(names)]
         self.recent_checkpoints = list(filter(os.path.isfile, paths))
 
@@ -56,11 +47,11 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
 class EvalHook(hooks.EvalHook):
     """
     Detectron2's hook that stops on a signal between two images. Checkpoints record whether the
-    evaluation after their iteration had yet to be done.
+    evaluation after their iteration was still to be done.
     """
 
     done = 0  # the number of iterations before the last evaluation
-    is_due = False  # when training begins
+    is_due = False  # whether training begins with an evaluation
 
     def _do_eval(self) -> None:
         try:
@@ -69,6 +60,15 @@ class EvalHook(hooks.EvalHook):
         except Stopped as e:
             _stop(self.trainer, *e.args)
         self.done = min(self.trainer.iter + 1, self.trainer.max_iter)
+
+    def after_train(self) -> None:
+        try:
+            super().after_train()
+        except SystemExit:  # Detectron2 would leave out the hooks that come after this one
+            later = self.trainer._hooks[self.trainer._hooks.index(self) + 1 :]
+            for hook in later:
+                hook.after_train()
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         next_iter = self.trainer.iter + 1
@@ -136,10 +136,10 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
 class InterruptedEvaluation(HookBase):
     """
-    When a run is resumed, first make up for an evaluation that had not ended when it was stopped or
-    killed, so that the best AP and ``SOLVER.PATIENCE`` are those of an uninterrupted run.
+    When a run is resumed, first repeat an evaluation during which it was stopped or killed, so that
+    the best AP and ``SOLVER.PATIENCE`` are those of an uninterrupted run.
 
-    Goes last.
+    This hook comes last.
     """
 
     def __init__(self, evaluation: EvalHook, best: BestCheckpointer | None):
@@ -162,19 +162,17 @@ class StopOnSignal(HookBase):
     Stop a run on SIGTERM, which schedulers send before they end a job, and on Ctrl-C: write a
     checkpoint at the end of the iteration and exit with status 143 or 130 in all processes.
 
-    Goes before the hook that evaluates.
+    This hook comes before the one that evaluates.
     """
 
-    def __init__(self, loop: FiniteTrainer):
-        self._loop = loop
-
     def after_step(self) -> None:
-        if self._loop.stop_signal:
-            _stop(self.trainer, self._loop.stop_signal)
+        stop_signal = self.trainer._trainer.stop_signal  # of FiniteTrainer
+        if stop_signal:
+            _stop(self.trainer, stop_signal)
 
 
 def _stop(trainer: Any, signum: int) -> NoReturn:
-    """Write a checkpoint, unless there is one of this iteration, and exit. A collective."""
+    """Write a checkpoint, unless this iteration has one, and exit. All processes call it."""
     name = f"model_{trainer.iter:07d}"
     last = os.path.basename(trainer.checkpointer.get_checkpoint_file())
     if trainer.iter < trainer.max_iter and last != f"{name}.pth":
@@ -189,11 +187,11 @@ def _stop(trainer: Any, signum: int) -> NoReturn:
 
 def validation_loss(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     """
-    Return ``{"validation": losses}``, the mean over the images of ``DATASETS.TEST`` of each loss
-    and of their sum, ``total_loss``. All processes call it, and share the images.
+    Return ``{"validation": losses}``: the means over the images of ``DATASETS.TEST`` of each loss
+    and of their sum, ``total_loss``. All processes call it, each for its part of the images.
 
     Args:
-        model: in training mode, without DistributedDataParallel.
+        model: a model in training mode, without DistributedDataParallel.
     """
     mapper = OpenCVDatasetMapper(cfg, True)
     mapper.augmentations = OpenCVDatasetMapper(cfg, False).augmentations
@@ -202,9 +200,9 @@ def validation_loss(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float
         records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS
     )
     losses: list[dict[str, float]] = []
-    with torch.no_grad(), EventStorage(1):  # not in that of the training
+    with torch.no_grad(), EventStorage(1):  # the storage of the training stays as it is
         for batch in StoppableLoader(loader):
-            torch.manual_seed(0)  # of the proposals that are sampled
+            torch.manual_seed(0)  # the same proposals are sampled each time
             losses.append({name: loss.item() for name, loss in model(batch).items()})
     stop_together()
     losses = [loss for part in comm.all_gather(losses) for loss in part]
@@ -214,10 +212,10 @@ def validation_loss(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float
 
 class WandbRun(HookBase):
     """
-    Log a run to Weights & Biases by its own TensorBoard integration. A resumed training continues
-    the same run.
+    Log a run to Weights & Biases through its TensorBoard integration. A resumed training continues
+    the same run there.
 
-    Goes after the hook that writes, on the main process.
+    For the main process; this hook comes after the one that writes metrics.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -227,18 +225,15 @@ class WandbRun(HookBase):
     def before_train(self) -> None:
         import wandb
 
-        try:
-            run = wandb.init(
-                project=self._cfg.WANDB.PROJECT,
-                name=os.path.basename(os.path.abspath(self._cfg.OUTPUT_DIR)),
-                dir=self._cfg.OUTPUT_DIR,
-                config=self._cfg,
-                id=self._id,
-                resume="allow",
-                sync_tensorboard=True,
-            )
-        except wandb.Error as e:
-            raise UserError(f"WANDB.PROJECT {self._cfg.WANDB.PROJECT}: {e}") from e
+        run = wandb.init(
+            project=self._cfg.WANDB.PROJECT,
+            name=os.path.basename(os.path.abspath(self._cfg.OUTPUT_DIR)),
+            dir=self._cfg.OUTPUT_DIR,
+            config=self._cfg,
+            id=self._id,
+            resume="allow",
+            sync_tensorboard=True,
+        )
         self._id = run.id
 
     def after_train(self) -> None:

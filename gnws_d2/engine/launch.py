@@ -3,19 +3,16 @@
 import argparse
 import contextlib
 import glob
-import hashlib
 import logging
 import multiprocessing
 import os
-import re
-import signal
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
-from pathlib import Path
-from typing import IO, Any
+from types import FrameType
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -23,13 +20,11 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from ..config import flatten_config
 from ..layers.kernels import choice
-from ..utils.compat import create_local_process_group, detectron2_version
+from ..utils.compat import create_local_process_group
 from ..utils.errors import RunError, UserError
-from ..utils.process import num_usable_cores
+from ..utils.signals import catch_signals
 
-_PACKAGE = Path(__file__).parent.parent
 _LOCK_TIMEOUT = 90  # seconds: NFS keeps the lock of a machine that is gone until its lease ends
 
 
@@ -47,11 +42,11 @@ def join_torchrun(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 def leave_process_group() -> None:
     """
-    End the threads of Gloo. One that frees a tensor while the interpreter shuts down aborts the
-    process ("terminate called without an active exception").
+    End the threads of Gloo. A thread that frees a tensor while the interpreter shuts down aborts
+    the process ("terminate called without an active exception").
 
-    Wait first, so that a process that fails because another has ended ends well after it: the
-    launcher shows the error of the first that it sees.
+    Wait first, so that a process that fails because another has ended does so well after it: the
+    launcher shows the error of the first process that it sees.
     """
     time.sleep(1)
     if dist.get_backend() == "gloo":
@@ -62,80 +57,54 @@ def leave_process_group() -> None:
 
 
 @contextlib.contextmanager
-def supervise(cfg: CfgNode, args: argparse.Namespace) -> Iterator[None]:
+def supervise(cfg: CfgNode, num_processes: int) -> Iterator[None]:
     """
-    Wrap Detectron2's :func:`launch`. While it waits for the processes that it has started, pass
-    SIGTERM and SIGINT on to them, and raise the :class:`UserError` of one, or :class:`RunError` if
-    one was killed or raised anything else. With ``MODEL.DEVICE cpu``, use Gloo and share the cores.
-    """
-    environ = {}
-    if cfg.MODEL.DEVICE == "cpu":
-        environ["CUDA_VISIBLE_DEVICES"] = ""  # the launcher takes Gloo if it sees no GPU
-        if "OMP_NUM_THREADS" not in os.environ:
-            environ["OMP_NUM_THREADS"] = str(max(1, num_usable_cores() // args.num_gpus))
-    if args.num_gpus * args.num_machines == 1:  # the launcher starts no process
-        with _environment(environ):
-            yield
-        return
-    stopped = []
+    Wrap Detectron2's :func:`launch` of several processes: pass SIGTERM and SIGINT on to them, exit
+    with the exit status of the first one that ends, and with ``MODEL.DEVICE cpu`` use Gloo.
 
-    def forward(signum: int, _: Any) -> None:
-        stopped.append(signum)
+    Raises:
+        UserError: if a process has raised it.
+        RunError: if a process has raised anything else, or was killed.
+    """
+    if num_processes == 1:  # it runs in this process
+        yield
+        return
+    received = []
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
         for process in multiprocessing.active_children():
             os.kill(process.pid or 0, signum)
 
-    handlers = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
+    environ = dict(os.environ)
+    if cfg.MODEL.DEVICE == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the launcher takes Gloo if it sees no GPU
     try:
-        with _environment(environ):
+        with catch_signals(forward):
             yield
-        if stopped:  # older versions of PyTorch take a process that Ctrl-C has ended for finished
-            sys.exit(128 + stopped[0])
     except (ProcessRaisedException, ProcessExitedException) as e:
-        error = _describe_failure(e)
-        if stopped and not isinstance(error, UserError):
-            sys.exit(128 + stopped[0])
-        raise error from None
+        error, _, message = str(e).strip().rpartition("\n")[2].partition(": ")
+        if error.startswith("gnws_d2."):  # the last line of the traceback of a UserError
+            raise UserError(message) from None
+        if not received:
+            if isinstance(e, ProcessExitedException) and e.exit_code > 0:
+                sys.exit(e.exit_code)
+            raise RunError(str(e).strip()) from None
     finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _describe_failure(error: ProcessRaisedException | ProcessExitedException) -> BaseException:
-    who = f"Process {error.error_index}"
-    if isinstance(error, ProcessRaisedException):
-        text = error.msg.strip()
-        name, _, message = text.rpartition("\n")[2].partition(": ")
-        if name.startswith(f"{_PACKAGE.name}."):
-            return (RunError if name.endswith("RunError") else UserError)(message)
-        return RunError(f"{who} failed:\n{text}")
-    if error.exit_code > 0:
-        return SystemExit(error.exit_code)
-    if error.exit_code in (-signal.SIGTERM, -signal.SIGINT):
-        return SystemExit(128 - error.exit_code)
-    hint = ", as the system does when memory runs out" if error.exit_code == -signal.SIGKILL else ""
-    return RunError(f"{who} was killed by {signal.Signals(-error.exit_code).name}{hint}.")
+        os.environ.clear()
+        os.environ.update(environ)
+    if received:  # PyTorch 2.4 takes a process that Ctrl-C has ended for finished
+        sys.exit(128 + received[0])
 
 
 @contextlib.contextmanager
 def lock_output_dir(cfg: CfgNode, args: argparse.Namespace) -> Iterator[None]:
     """
     Create ``OUTPUT_DIR``, lock it for the main process of a run, and remove temporary files that a
-    killed run has left. If the run that holds the lock is on another machine, or was killed, wait
-    for up to 90 s. Raise :class:`UserError` if that fails or another run holds the lock.
+    killed run has left. Wait for up to 90 s for a lock that another run holds.
+
+    Raises:
+        UserError: if the directory cannot be written, or another run still holds the lock.
     """
     if args.machine_rank > 0 or int(os.environ.get("LOCAL_RANK", 0)) > 0:
         yield
@@ -159,48 +128,31 @@ def lock_output_dir(cfg: CfgNode, args: argparse.Namespace) -> Iterator[None]:
 
 
 def _lock(file: IO[str], output_dir: str) -> None:
-    deadline = 0.0
-    while True:
+    logger = logging.getLogger(__name__)
+    for waited in range(_LOCK_TIMEOUT):
         try:
-            import fcntl  # not on Windows, where a Predictor imports this file, too
+            import fcntl  # not on Windows
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
             file.seek(0)
-            owner = file.read()
+            owner = file.read() or "another run"
+            if waited == 0:
+                logger.warning(
+                    f"OUTPUT_DIR {output_dir} is locked by {owner}: waiting for up to "
+                    f"{_LOCK_TIMEOUT} s, in case that run was killed."
+                )
+            time.sleep(1)
         except (ImportError, OSError) as e:
-            logging.getLogger(__name__).warning(
+            logger.warning(
                 f"OUTPUT_DIR {output_dir} cannot be locked ({e}): do not start a second run in it."
             )
             return
-        now = time.monotonic()
-        if _is_running_here(owner) or 0 < deadline <= now:
-            raise UserError(
-                f"OUTPUT_DIR {output_dir} is in use by {owner or 'another run'}: wait until it has "
-                "ended, or set another OUTPUT_DIR."
-            )
-        if not deadline:
-            deadline = now + _LOCK_TIMEOUT
-            logging.getLogger(__name__).warning(
-                f"OUTPUT_DIR {output_dir} is locked by {owner or 'another run'}: waiting for up to "
-                f"{_LOCK_TIMEOUT} s, in case that run has been killed."
-            )
-        time.sleep(1)
-
-
-def _is_running_here(owner: str) -> bool:
-    """Whether the process that the lock file names is running, and on this machine."""
-    match = re.match(r"process (\d+) on (\S+) since", owner)
-    if not match or match[2] != socket.gethostname():
-        return False
-    try:
-        os.kill(int(match[1]), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
+    raise UserError(
+        f"OUTPUT_DIR {output_dir} is in use by {owner}: wait until it has ended, or set another "
+        "OUTPUT_DIR."
+    )
 
 
 def agree_on_kernels(cfg: CfgNode, device: torch.device) -> None:
@@ -223,26 +175,3 @@ def agree_on_kernels(cfg: CfgNode, device: torch.device) -> None:
             cfg.freeze()
             return
     logging.getLogger(__name__).info("Triton kernels run on the GPU.")
-
-
-def check_ranks_agree(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Raise :class:`UserError` in all processes if they do not run the same code and config."""
-    digest = hashlib.sha256()
-    for path in sorted(_PACKAGE.rglob("*.py")):
-        digest.update(path.read_bytes())
-    facts = flatten_config(cfg) | {
-        "--eval-only": args.eval_only,
-        "--resume": args.resume,
-        "torch": torch.__version__,
-        "detectron2": detectron2_version(),
-        "the source code of gnws_d2": digest.hexdigest()[:12],
-    }
-    first, *others = comm.all_gather(facts)
-    for rank, other in enumerate(others, 1):
-        names = [name for name in first | other if first.get(name) != other.get(name)]
-        if names:
-            values = [f"{name} ({first.get(name)} and {other.get(name)})" for name in names[:5]]
-            raise UserError(
-                f"Ranks 0 and {rank} differ in {', '.join(values)}: start all processes with the "
-                "same code, options and config."
-            )

@@ -1,4 +1,4 @@
-"""``run.json``: the facts about a run, as data."""
+"""``run.json``: what a run was started with and what it has done."""
 
 import contextlib
 import importlib.metadata
@@ -15,11 +15,12 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from ..utils.compat import detectron2_version
 from ..utils.files import atomic_write
 from .hooks import BestCheckpointer, EarlyStop, EvalHook
 
-_PACKAGES = ("torch", "torchvision", "gnws_d2", "numpy", "opencv-python", "triton")
+_PACKAGES = (
+    "torch", "torchvision", "detectron2", "gnws_d2", "numpy", "opencv-python", "triton"
+)  # fmt: skip
 
 
 def describe_machine() -> dict[str, Any]:
@@ -28,7 +29,7 @@ def describe_machine() -> dict[str, Any]:
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
         names = (line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
         cpu = next(names, cpu)
-    versions = {"python": platform.python_version(), "detectron2": detectron2_version()}
+    versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
@@ -43,22 +44,19 @@ def describe_machine() -> dict[str, Any]:
 
 class RunRecord(HookBase):
     """
-    Write ``run.json``: a list of starts, one for each time that the training was started or
-    resumed, each a dict of
+    Write ``run.json``: a list with a dict for each time that the training was started or resumed:
 
-    * ``command``, ``config_file``, ``resume``, ``num_processes``, ``num_machines``;
-    * ``choices``: key, value and reason of what was derived from the data: the content of
-      ``NAME.choices.json`` beside a config file ``NAME.yaml``, which fine-tuning writes;
+    * ``command``, ``num_processes``, ``num_machines``;
     * ``machine``: :func:`describe_machine` of the main process;
-    * ``start`` and ``end``, local times in ISO format; ``end`` is the last sign of life;
-    * ``first_iteration`` and ``iterations``, the number of them that are done;
+    * ``start`` and ``end``: local times in ISO format; while it runs, ``end`` is the last update;
+    * ``first_iteration``, and ``iterations``: the number of iterations that are done;
     * ``best_checkpoint`` and ``last_checkpoint``, the names of the run's own files, or "": an
       earlier run in the same directory may have left others;
     * ``evaluated``: the number of iterations before the last evaluation; 0 for none;
     * ``status``: "running", "finished", "stopped" (SIGTERM or Ctrl-C) or "failed"; a run that was
       killed stays "running".
 
-    Runs on the main process alone.
+    For the main process.
     """
 
     _PERIOD = 20  # iterations between updates, as of Detectron2's PeriodicWriter
@@ -66,11 +64,10 @@ class RunRecord(HookBase):
     def __init__(
         self,
         output_dir: str,
-        config_file: str,
         evaluation: EvalHook | None = None,
         best: BestCheckpointer | None = None,
     ):
-        self._path, self._config_file = os.path.join(output_dir, "run.json"), config_file
+        self._path = os.path.join(output_dir, "run.json")
         self._evaluation, self._best = evaluation, best
         self._starts: list[dict[str, Any]] = []
 
@@ -83,9 +80,6 @@ class RunRecord(HookBase):
         self._starts.append(
             {
                 "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-                "config_file": self._config_file,
-                "choices": self._read_choices(),
-                "resume": first > 0,
                 "num_processes": comm.get_world_size(),
                 "num_machines": comm.get_world_size() // comm.get_local_size(),
                 "machine": describe_machine(),
@@ -107,17 +101,11 @@ class RunRecord(HookBase):
         if not self._starts:  # a hook before this one has failed
             return
         error = sys.exc_info()[1]
-        stopped = isinstance(error, SystemExit)  # after an iteration
+        stopped = isinstance(error, SystemExit)
         early = isinstance(error, EarlyStop)
         status = "stopped" if stopped else "failed" if error and not early else "finished"
-        self._write(status, self.trainer.iter + (stopped or early))
-
-    def _read_choices(self) -> list[dict[str, Any]]:
-        path = f"{os.path.splitext(self._config_file)[0]}.choices.json"
-        if not os.path.isfile(path):
-            return []
-        with open(path) as f:
-            return json.load(f)
+        # Both end the training before Detectron2 counts the last iteration.
+        self._write(status, min(self.trainer.iter + (stopped or early), self.trainer.max_iter))
 
     def _files(self) -> dict[str, Any]:
         files: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Detectron2's training step, in several passes, that keeps non-finite numbers from the weights."""
+"""A training step that accumulates gradients and keeps NaN and infinity from the weights."""
 
 import contextlib
 import logging
@@ -23,12 +23,8 @@ from ..utils.signals import received_signal
 _MAX_SKIPPED = 3  # in a row
 
 
-class _SkipStep(Exception):
-    pass
-
-
 def _nan_if_diverged(forward: Callable, *args: Any) -> Any:
-    """Call `forward`; if proposals are not finite, return a loss of NaN for every parameter."""
+    """Call `forward`; if proposals are not finite, return a loss of NaN over all parameters."""
     try:
         return forward(*args)
     except FloatingPointError:
@@ -39,11 +35,11 @@ def _nan_if_diverged(forward: Callable, *args: Any) -> Any:
 
 class FiniteTrainer(AMPTrainer):
     """
-    :class:`AMPTrainer`, also for full precision and for CPUs, that accumulates gradients, and
-    checks the losses and the gradients before each step of the optimizer. If a loss is infinite or
-    NaN in one process, all processes stop, or skip the step: they agree in one collective per
-    iteration, which also shares signals. After a step ``stop_signal`` is the same in all
-    processes: the number of the signal that one of them has received, or 0.
+    :class:`AMPTrainer`, also for float32 and for CPUs, that accumulates gradients, and checks the
+    losses and the gradients before each step of the optimizer. If a loss is infinite or NaN in one
+    process, all processes stop, or skip the step: they agree in one collective per iteration, which
+    also shares signals. After a step ``stop_signal`` is the same in all processes: the number of
+    the signal that one of them has received, or 0.
 
     Proposals that are infinite or NaN, for which Detectron2 raises FloatingPointError, count as a
     loss of NaN.
@@ -59,18 +55,18 @@ class FiniteTrainer(AMPTrainer):
     ):
         """
         Args:
-            args: see :class:`SimpleTrainer`. The data loader is a :class:`TrainLoader`.
-            skip: leave such a step out, unless it is the third in a row (``SOLVER.ON_NON_FINITE``).
-            last_checkpoint: returns the path to name in the error, or "".
-            accumulate_steps: number of equal parts of a batch, each with a forward and backward
-                pass of its own (``SOLVER.ACCUMULATE_STEPS``).
+            args: model, data loader and optimizer, as of :class:`SimpleTrainer`.
+            skip: skip such a step, unless it is the third in a row (``SOLVER.ON_NON_FINITE``).
+            last_checkpoint: returns the path of the checkpoint to name in the error, or "".
+            accumulate_steps: number of equal parts that a batch is split into, each with a forward
+                and a backward pass (``SOLVER.ACCUMULATE_STEPS``).
             precision: "float16" or "bfloat16" (``SOLVER.AMP.PRECISION``); "" for float32.
         """
         model, *_ = args
         self._device = next(model.parameters()).device
         scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "float16")
         super().__init__(*args, grad_scaler=scaler)
-        # Inside DistributedDataParallel, whose other processes wait for the gradients of this one.
+        # Inside DistributedDataParallel: the other processes wait for the gradients of this one.
         inner = getattr(model, "module", model)
         inner.forward = partial(_nan_if_diverged, inner.forward)
         self.precision = getattr(torch, precision or "float32")
@@ -92,11 +88,6 @@ class FiniteTrainer(AMPTrainer):
         Raises:
             UserError: names the iteration, what is not finite, the images and the last checkpoint.
         """
-        with contextlib.suppress(_SkipStep):
-            self._run_step()
-            self.num_skipped_in_a_row = 0
-
-    def _run_step(self) -> None:
         # As in AMPTrainer, which makes one pass and requires a GPU.
         assert self.model.training, "model was changed to eval mode!"
         start = time.perf_counter()
@@ -117,36 +108,28 @@ class FiniteTrainer(AMPTrainer):
                 self.grad_scaler.scale(sum(losses.values())).backward()
             for name, loss in losses.items():
                 loss_dict[name] = loss_dict.get(name, 0) + loss.detach()
-        self._check_finite(loss_dict)
+        if issues := self._find_issues(loss_dict):
+            self._skip_or_stop(issues)
+            return
+        self.num_skipped_in_a_row = 0
         self._write_metrics(loss_dict, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
-    def _check_finite(self, loss_dict: dict[str, Tensor]) -> None:
-        finite = torch.stack([loss.detach() for loss in loss_dict.values()]).isfinite().all()
+    def _find_issues(self, loss_dict: dict[str, Tensor]) -> list[str]:
+        """Return what is not finite, and in which images. It is the same list in all processes."""
+        finite = torch.stack(list(loss_dict.values())).isfinite().all()
         if self._agree(bool(finite)):
-            # DDP has averaged the gradients: they are the same in all processes.
-            issues = list(self._gradient_issues())
-        else:
-            issues = [
-                f"{name} is {loss.item()} (images {', '.join(self._files)})"
-                for name, loss in loss_dict.items()
-                if not math.isfinite(loss.item())
-            ]
-            issues = [issue for issues in comm.all_gather(issues) for issue in issues]
-        if issues:
-            self.num_skipped += 1
-            self.num_skipped_in_a_row += 1
-            if not self.skip or self.num_skipped_in_a_row == _MAX_SKIPPED:
-                self._stop(issues)
-            logging.getLogger(__name__).warning(
-                f"Iteration {self.iter}: {'; '.join(issues)}. The step is left out "
-                f"({self.num_skipped} so far), as SOLVER.ON_NON_FINITE is skip."
-            )
-            raise _SkipStep
+            return self._find_gradient_issues()
+        issues = [
+            f"{name} is {loss.item()} (images {', '.join(self._files)})"
+            for name, loss in loss_dict.items()
+            if not math.isfinite(loss.item())
+        ]
+        return [issue for issues in comm.all_gather(issues) for issue in issues]
 
     def _agree(self, finite: bool) -> bool:
-        """Whether `finite` is True in all processes; also share signals and bad images."""
+        """Return whether `finite` is True in all processes; share signals and bad images."""
         bad_images = getattr(self.data_loader, "num_bad_images", 0)
         received = [received_signal() == s for s in (signal.SIGTERM, signal.SIGINT)]
         status = torch.tensor([not finite, bad_images, *received], device=self._device)
@@ -158,27 +141,37 @@ class FiniteTrainer(AMPTrainer):
         self.stop_signal = signal.SIGTERM if sigterm else signal.SIGINT if sigint else 0
         return not not_finite
 
-    def _gradient_issues(self) -> Iterator[str]:
-        if self.grad_scaler.is_enabled():  # which skips such steps, and lowers its scale
-            return
+    def _find_gradient_issues(self) -> list[str]:
+        if self.grad_scaler.is_enabled():  # it skips such steps and lowers its scale
+            return []
+        # DDP has averaged the gradients: they are the same in all processes.
         named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
         norms = torch.stack(torch._foreach_norm([grad for _, grad in named], math.inf))
-        if not norms.isfinite().all():
-            name = next(name for name, grad in named if not grad.isfinite().all())
-            files = [file for files in comm.all_gather(self._files) for file in files]
-            yield f"the gradient of {name} is not finite (images {', '.join(files)})"
+        if norms.isfinite().all():
+            return []
+        name = next(name for name, grad in named if not grad.isfinite().all())
+        files = [file for files in comm.all_gather(self._files) for file in files]
+        return [f"the gradient of {name} is not finite (images {', '.join(files)})"]
 
-    def _stop(self, issues: list[str]) -> None:
+    def _skip_or_stop(self, issues: list[str]) -> None:
+        self.num_skipped += 1
+        self.num_skipped_in_a_row += 1
+        if self.skip and self.num_skipped_in_a_row < _MAX_SKIPPED:
+            logging.getLogger(__name__).warning(
+                f"Iteration {self.iter}: {'; '.join(issues)}. The step is skipped "
+                f"({self.num_skipped} so far), as SOLVER.ON_NON_FINITE is skip."
+            )
+            return
         checkpoint = self.last_checkpoint()
         in_a_row = f", {_MAX_SKIPPED} iterations in a row" if self.skip else ""
         raise UserError(
             f"Iteration {self.iter}: {'; '.join(issues)}{in_a_row}. "
             + (f"The last checkpoint is {checkpoint}. " if checkpoint else "No checkpoint yet. ")
-            + "Look at the images, or lower SOLVER.BASE_LR; SOLVER.ON_NON_FINITE skip leaves out "
-            "such steps."
+            + "Look at the images, or lower SOLVER.BASE_LR; SOLVER.ON_NON_FINITE skip skips such "
+            "steps."
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # A run without a scaler may be resumed with one.
+        # A run in float32 may be resumed with a scaler.
         scaler = state_dict.get("grad_scaler") or self.grad_scaler.state_dict()
         super().load_state_dict({**state_dict, "grad_scaler": scaler})

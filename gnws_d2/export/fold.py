@@ -2,11 +2,10 @@
 
 import copy
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from torch import nn
 
-from ..config import STOCK_CONFIG
 from ..layers import fold_for_inference
 
 # Registered names of this project, and Detectron2's without weight standardization.
@@ -28,7 +27,7 @@ def fold_model(model: nn.Module, cfg: CfgNode) -> tuple[nn.Module, CfgNode]:
     """
     stock = cfg.clone()
     stock.defrost()
-    _remove_other_keys(stock, STOCK_CONFIG)
+    _remove_other_keys(stock, get_cfg())
     for node in (stock.MODEL.BACKBONE, stock.MODEL.ROI_BOX_HEAD, stock.MODEL.ROI_MASK_HEAD):
         node.NAME = STOCK_NAMES.get(node.NAME, node.NAME)
     folded = build_model(stock)

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from torch import nn
 
-from ..config import CONFIG_DIR, choose_device
+from ..config import CONFIG_DIR, add_gnws_config, choose_device
 
 _DIR = Path(__file__).parent
 
@@ -66,6 +66,7 @@ def get_config(name: str, trained: bool = False) -> CfgNode:
             the config starts from.
     """
     cfg = get_cfg()
+    add_gnws_config(cfg)
     cfg.merge_from_file(name if Path(name).is_file() else get_config_file(name))
     choose_device(cfg)
     if trained:

@@ -56,7 +56,7 @@ def build_resnet_gnws_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 
 def _initialize(resnet: ResNet, cfg: CfgNode) -> None:
-    if cfg.MODEL.GNWS.ZERO_INIT_RESIDUAL:
+    if "GNWS" in cfg.MODEL and cfg.MODEL.GNWS.ZERO_INIT_RESIDUAL:
         for block in resnet.modules():
             if isinstance(block, CNNBlockBase) and not isinstance(block, BasicStem):
                 last = block.conv2 if isinstance(block, BasicBlock) else block.conv3
@@ -82,7 +82,7 @@ def _recompute(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def check_keys(cfg: CfgNode, *sections: str) -> str:
     """
-    Check the config keys of a GN+WS model, and return ``MODEL.GNWS.KERNELS``.
+    Check the config keys of a GN+WS model, and return ``MODEL.GNWS.KERNELS``, "auto" by default.
 
     Raises:
         UserError: if that is unknown, or if the ``NORM`` of one of the `sections` of ``cfg.MODEL``
@@ -92,6 +92,6 @@ def check_keys(cfg: CfgNode, *sections: str) -> str:
         key, norm = f"MODEL.{section}.NORM", cfg.MODEL[section].NORM
         if norm != "GN":
             raise UserError(f'{key} is "{norm}", but a GN+WS model needs GroupNorm: set {key} GN.')
-    kernels = cfg.MODEL.GNWS.KERNELS
+    kernels = cfg.MODEL.GNWS.KERNELS if "GNWS" in cfg.MODEL else "auto"
     check_choice("MODEL.GNWS.KERNELS", kernels, ("auto", "triton", "torch", "reference"))
     return kernels

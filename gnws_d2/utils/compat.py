@@ -1,13 +1,10 @@
 """
-What is newer than Detectron2 v0.6, its last release: this package works from there to the commit of
-requirements.txt. All of them call themselves 0.6.
+What Detectron2 has added since v0.6, its last release. This package supports all commits from that
+release to the one in requirements.txt; all call themselves 0.6.
 """
 
-import importlib.metadata
-import json
 from typing import Any
 
-import detectron2
 import torch.distributed as dist
 from detectron2.utils import comm
 
@@ -25,18 +22,3 @@ def create_local_process_group(num_workers_per_machine: int) -> None:
         group: Any = dist.new_group(ranks)
         if comm.get_rank() in ranks:
             comm._LOCAL_PROCESS_GROUP = group
-
-
-def detectron2_version() -> str:
-    """
-    Return the installed version of Detectron2, with the commit if that is known, as "0.6+02b5c4e".
-
-    tools/detectron2_wheel.py puts it into the version, and pip, for git+URL, beside it.
-    """
-    try:
-        distribution = importlib.metadata.distribution("detectron2")
-    except importlib.metadata.PackageNotFoundError:  # a checkout in PYTHONPATH
-        return detectron2.__version__
-    origin = json.loads(distribution.read_text("direct_url.json") or "{}")
-    commit = origin.get("vcs_info", {}).get("commit_id", "")
-    return f"{distribution.version}+{commit[:7]}" if commit else distribution.version

@@ -9,7 +9,7 @@ from collections.abc import Callable
 class UserError(Exception):
     """
     A mistake in the user's input: a file, a config key, an argument. The message is one sentence
-    that says what is wrong, where, and what to do. :func:`exit_on_user_error` prints it alone.
+    that says what is wrong, where, and what to do.
     """
 
     exit_status = 2
@@ -22,7 +22,7 @@ class UserError(Exception):
 
 
 class RunError(UserError):
-    """A failure that is not the user's mistake, such as a killed process. May span lines."""
+    """A failure that is not the user's mistake. The message may have several lines."""
 
     exit_status = 1
 

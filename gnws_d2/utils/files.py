@@ -1,7 +1,6 @@
 """Atomic file writes."""
 
 import contextlib
-import errno
 import os
 import uuid
 from collections.abc import Iterator
@@ -31,18 +30,6 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-        # The new name is an entry of the directory, which has to reach the disk too.
-        try:
-            directory = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-        except PermissionError:  # Windows opens no directories
-            return
-        try:
-            os.fsync(directory)
-        except OSError as e:
-            if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # as of network disks without it
-                raise
-        finally:
-            os.close(directory)
     except OSError as e:
         raise UserError(f"Cannot write {path}: {e.strerror or e}.") from e
     finally:

@@ -16,7 +16,7 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def num_usable_cores() -> int:
-    """Return the number of cores that this process may use: a job may have a part of a machine."""
+    """Return the number of cores that this process may use, of those that the machine has."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -27,8 +27,8 @@ def keep_freed_memory() -> None:
     """
     Have the process keep freed memory from the first call on, as PyTorch does on GPUs. Otherwise
     glibc returns every tensor of over 32 MiB to the system when it is freed, and the system clears
-    the pages for the next one: a third of the time of a detector on a CPU. Does nothing where there
-    is no glibc.
+    the pages for the next one: a third of the time of a detector on a CPU. Without glibc, do
+    nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -38,7 +38,7 @@ def keep_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """Return freed memory to the system, where the C library is glibc."""
+    """Return freed memory to the system. Without glibc, do nothing."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -46,7 +46,7 @@ def release_freed_memory() -> None:
 
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Do not look for reference cycles, which takes long while millions of objects are made."""
+    """Suspend the search for reference cycles, slow while millions of objects are created."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -57,10 +57,10 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Have the system kill this process when the one that started it is gone. For Linux."""
+    """Have Linux kill this process when the process that started it ends."""
     if sys.platform == "linux":
         # PyTorch's launcher asks for SIGINT, which `nohup` ignores; torchrun asks for nothing.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():  # it was gone before
+    if parent is not None and not parent.is_alive():  # it had ended before
         sys.exit(1)

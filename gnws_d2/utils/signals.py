@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from detectron2.utils import comm
@@ -13,28 +13,31 @@ _received = 0
 
 
 class Stopped(BaseException):
-    """Raised in all processes, by :func:`stop_together`, to leave an evaluation."""
+    """Raised in all processes by :func:`stop_together`, with the number of the signal."""
+
+
+def _remember(signum: int, frame: FrameType | None) -> None:
+    global _received
+    _received = signum
 
 
 @contextlib.contextmanager
-def catch_signals() -> Iterator[None]:
-    """Catch both signals until the end of the context. Does nothing outside the main thread."""
+def catch_signals(handler: Callable[[int, FrameType | None], None] = _remember) -> Iterator[None]:
+    """
+    Handle both signals in the context: by default, remember the last one (:func:`received_signal`).
+    Do nothing outside the main thread, which receives all signals.
+    """
     global _received
     _received = 0
-    if threading.current_thread() is not threading.main_thread():  # signals are for the main one
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {signum: signal.signal(signum, _handle) for signum in _SIGNALS}
+    handlers = {signum: signal.signal(signum, handler) for signum in _SIGNALS}
     try:
         yield
     finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-
-
-def _handle(signum: int, frame: FrameType | None) -> None:
-    global _received
-    _received = signum
+        for signum, before in handlers.items():
+            signal.signal(signum, before)
 
 
 def received_signal() -> int:
@@ -43,7 +46,7 @@ def received_signal() -> int:
 
 
 def stop_together() -> None:
-    """Raise :class:`Stopped` in all processes if one of them has received a signal."""
+    """Raise :class:`Stopped` in all processes if any of them has received a signal."""
     signals = comm.all_gather(_received)
     if any(signals):
         raise Stopped(max(signals))

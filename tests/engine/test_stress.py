@@ -1,4 +1,4 @@
-"""What days of training meet, in minutes: kills at any moment, and memory that must not grow."""
+"""What happens in days of training, in minutes: kills at any moment, and memory that may grow."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, processes_of_test, wait_for
 
-# In every process of a training: a checkpoint takes as long to write as on a slow network disk.
+# In every process of a training: writing a checkpoint takes as long as on a slow network disk.
 SLOW_DISK = """
 import builtins, time
 

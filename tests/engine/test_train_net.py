@@ -64,18 +64,15 @@ def test_train_resume_evaluate_and_report(fruits, tmp_path):
 
     run = train_net("--resume", *options, *keys, "SOLVER.MAX_ITER", "2", datasets=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert "There is no checkpoint to --resume from." in run.stdout
-    assert_quiet(run, output)
+    assert not any(word in run.stderr for word in ("deprecat", "meshgrid", "is_fx_tracing"))
     assert (output / "config.yaml").is_file() and (output / "model_0000001.pth").is_file()
 
     run = train_net("--resume", *options, *keys, "SOLVER.MAX_ITER", "4", datasets=tmp_path)
     assert run.returncode == 0, run.stderr
-    lines = run.stdout.splitlines()
-    (beginning,) = [i for i, line in enumerate(lines) if "Resuming output at iteration 2." in line]
-    assert "Starting training from iteration 2" in lines[beginning + 1]
+    assert "Starting training from iteration 2" in run.stdout
     first, second = json.loads((output / "run.json").read_text())
     assert (first["iterations"], second["first_iteration"], second["iterations"]) == (2, 2, 4)
-    assert first["status"] == second["status"] == "finished" and second["resume"]
+    assert first["status"] == second["status"] == "finished"
     assert torch.load(output / "model_final.pth", weights_only=False)["iteration"] == 3
     _, expected = read_metrics(output)
     assert {"bbox/AP", "segm/AP", "bbox/AP-date"} <= expected.keys()
@@ -83,8 +80,9 @@ def test_train_resume_evaluate_and_report(fruits, tmp_path):
     assert best["best_metric"] >= expected["segm/AP"] and best["best_iter"] in (1, 3)
 
     weights = ["MODEL.WEIGHTS", str(output / "model_final.pth"), "OUTPUT_DIR", "evaluated"]
+    weights += ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 100, 0.1]]"]
     run = train_net("--eval-only", *options, *keys, *weights, datasets=tmp_path)
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == 1 and "verification failed" in run.stdout, run.stderr
     files = [
         d / "inference" / "coco_instances_results.json" for d in (output, tmp_path / "evaluated")
     ]
@@ -102,24 +100,9 @@ def test_train_resume_evaluate_and_report(fruits, tmp_path):
     assert "nothing was trained here" in (tmp_path / "evaluated" / "report.html").read_text()
 
 
-def assert_quiet(run, output):
-    """The model and the config are in log.txt alone, once, and nothing warns of deprecations."""
-    log = (output / "log.txt").read_text()
-    for text in ("(backbone): FPN(", "ANCHOR_GENERATOR:"):
-        assert text not in run.stdout and log.count(text) == 1
-    assert "\x1b" not in log
-    assert not any(word in run.stderr for word in ("deprecat", "meshgrid", "is_fx_tracing"))
-
-
 def report(*args, cwd):
     tool = [sys.executable, str(ROOT / "tools" / "report.py"), *args]
     return subprocess.run(tool, cwd=cwd, capture_output=True, text=True)
-
-
-def test_report_of_what_is_no_run_is_an_error(tmp_path):
-    run = report("nothing", cwd=tmp_path)
-    assert run.returncode == 2 and "nothing/config.yaml" in run.stderr
-    assert "Traceback" not in run.stderr
 
 
 @pytest.mark.ci
@@ -135,13 +118,6 @@ def test_two_processes_train_and_evaluate_every_image(fruits, tmp_path):
     assert list(dict.fromkeys(p["image_id"] for p in predictions)) == list(range(18))
     _, ap = read_metrics(tmp_path / "output")
     assert {"bbox/AP", "segm/AP"} <= ap.keys()
-
-    keys += ["TEST.PREDICTIONS", str(file), "OUTPUT_DIR", "again"]
-    run = train_net("--eval-only", *options, *keys, datasets=tmp_path)
-    assert run.returncode == 0, run.stderr
-    log = (tmp_path / "output" / "log.txt").read_text()
-    copied = re.compile(r"copypaste: (?!Task)(.*)")
-    assert copied.findall(run.stdout) == copied.findall(log)[-4:]
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.ci)])
@@ -167,8 +143,8 @@ def test_truncated_image_stops_training_with_its_name(photographs, tmp_path, pro
 
 
 @pytest.mark.ci
-def test_sigterm_leaves_a_checkpoint_from_which_other_processes_go_on(fruits, tmp_path):
-    """With half the batch, twice as many iterations are done, and twice as many are to do."""
+def test_sigterm_leaves_a_checkpoint_that_another_number_of_processes_resumes(fruits, tmp_path):
+    """With half the batch size, both the iterations done and the iterations to do are doubled."""
     options, keys = fruits
     keys += ["SOLVER.REFERENCE_WORLD_SIZE", "2", "SOLVER.IMS_PER_BATCH", "4", "OUTPUT_DIR", "out"]
     keys += ["DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.WARMUP_ITERS", "0"]
@@ -254,7 +230,7 @@ def test_evaluation_leaves_the_files_of_a_training_alone(fruits, tmp_path):
 
 
 @launches_on_cpu
-def test_machines_with_output_dirs_of_their_own_do_not_resume(fruits, tmp_path):
+def test_machines_without_a_shared_output_dir_do_not_resume(fruits, tmp_path):
     """They would train two models: only rank 0 writes checkpoints."""
     options, keys = fruits
     keys += ["DATASETS.TEST", "()", "SOLVER.REFERENCE_WORLD_SIZE", "0", "SOLVER.IMS_PER_BATCH", "2"]
@@ -278,18 +254,8 @@ def test_machines_with_output_dirs_of_their_own_do_not_resume(fruits, tmp_path):
         )  # fmt: skip
     for run in map(end, machines):
         assert run.returncode == 2, run.stderr
-        assert "Rank 0 would start from model_final.pth at iteration" in run.stderr
-        assert "rank 1 from no checkpoint at iteration 0" in run.stderr
-
-
-@pytest.mark.ci
-def test_diverging_run_stops_and_names_what_is_not_finite(fruits, tmp_path):
-    options, keys = fruits
-    run = train_net(*options, *keys, "SOLVER.BASE_LR", "1e30", "OUTPUT_DIR", "o", datasets=tmp_path)
-    assert run.returncode == 2 and "Traceback" not in run.stdout + run.stderr
-    (error,) = [line for line in run.stderr.splitlines() if "error:" in line]
-    assert error.startswith("train_net.py: error: Iteration ") and ".jpg" in error
-    assert "No checkpoint yet" in error and "SOLVER.ON_NON_FINITE skip" in error
+        starts = r"\(model_final.pth at iteration \d+ and no checkpoint at iteration 0\)"
+        assert re.search(f"Ranks 0 and 1 differ in the start {starts}: start all with", run.stderr)
 
 
 @pytest.mark.ci
@@ -329,20 +295,6 @@ def test_full_disk_stops_with_the_last_checkpoint_whole(fruits, tmp_path):
 
 
 @pytest.mark.ci
-def test_metrics_that_find_no_space_stop_with_one_sentence(fruits, tmp_path):
-    options, keys = fruits
-    (tmp_path / "output").mkdir()
-    (tmp_path / "output" / "metrics.json").symlink_to("/dev/full")
-    keys += ["OUTPUT_DIR", "output", "DATASETS.TEST", "()", "SOLVER.MAX_ITER", "3"]
-    run = train_net(*options, *keys, datasets=tmp_path)
-    assert run.returncode == 2 and "Traceback" not in run.stderr
-    assert run.stderr.rstrip().endswith(
-        "train_net.py: error: The disk of output is full: free some space, and --resume "
-        "continues from output/model_final.pth."
-    )
-
-
-@pytest.mark.ci
 def test_new_training_forgets_the_checkpoints_of_another(fruits, tmp_path):
     options, keys = fruits
     keys += ["OUTPUT_DIR", "output", "DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", "1"]
@@ -356,17 +308,3 @@ def test_new_training_forgets_the_checkpoints_of_another(fruits, tmp_path):
     assert run.stdout.count("Stopped by SIGINT after iteration") == 1
     assert (tmp_path / "output" / "last_checkpoint").read_text() in os.listdir(tmp_path / "output")
     assert processes_of_test() == []
-
-
-@pytest.mark.parametrize("expected, status", [(100, 0), (50, 1)])
-def test_evaluation_is_compared_with_the_expected_results(
-    photographs, fruits, tmp_path, expected, status
-):
-    options, keys = fruits
-    results = [{**a, "score": 0.9} for a in photographs.coco()["annotations"]]
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    keys += ["TEST.PREDICTIONS", "results.json", "MODEL.DEVICE", "cpu"]
-    keys += ["TEST.EXPECTED_RESULTS", f"[['bbox', 'AP', {expected}, 0.1]]"]
-    run = train_net("--eval-only", *options, *keys, datasets=tmp_path)
-    assert run.returncode == status, run.stderr
-    assert ("verification failed" in run.stdout) == bool(status)

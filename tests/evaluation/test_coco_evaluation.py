@@ -11,7 +11,6 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 import torch
-from conftest import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator as Detectron2sEvaluator
 from detectron2.structures import Boxes, Instances, polygons_to_bitmask
@@ -20,11 +19,8 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from gnws_d2.config import load_config
 from gnws_d2.data import register_coco_datasets
-from gnws_d2.engine import Trainer
 from gnws_d2.evaluation import COCOEvaluator, evaluate_results, read_truth
-from gnws_d2.utils.errors import UserError
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -284,21 +280,6 @@ def test_results_of_another_dataset_or_format_are_an_error(
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     with pytest.raises(ValueError, match=r"results of other images|without bbox|another format"):
         evaluate_results(read_truth(str(tmp_path / "truth.json")), [result], "bbox")
-
-
-def test_file_of_predictions_has_the_ap_of_the_model_that_made_them(dataset_name, tmp_path):
-    rng = np.random.RandomState(0)
-    expected = evaluate(dataset_name, tmp_path, lambda record: predict(record, rng))
-    keys = ["DATASETS.TEST", f"('{dataset_name}',)", "OUTPUT_DIR", str(tmp_path / "again")]
-    keys += ["TEST.PREDICTIONS", str(tmp_path / "coco_instances_results.json")]
-    cfg = load_config(str(ROOT / "configs" / "quick_start.yaml"), keys)
-    np.testing.assert_equal(Trainer.test_predictions(cfg), expected)
-    (tmp_path / "coco_instances_results.json").write_text('[{"image_id": -1}]')
-    with pytest.raises(UserError, match=f"does not fit the dataset {dataset_name}: .*other images"):
-        Trainer.test_predictions(cfg)
-    (tmp_path / "coco_instances_results.json").unlink()
-    with pytest.raises(UserError, match=r"results.json: No such file"):
-        Trainer.test_predictions(cfg)
 
 
 def test_predictions_are_kept_when_ap_fails(dataset_name, tmp_path, monkeypatch):

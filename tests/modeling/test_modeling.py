@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import mmdet_state, retinanet_with_gn
 from detectron2 import model_zoo as d2_model_zoo
+from detectron2.config import get_cfg
 from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone, build_model
 from detectron2.structures import BitMasks, Boxes, Instances
@@ -152,6 +153,14 @@ def test_all_layers_have_the_kernels_of_the_config(kernels):
     cfg.MODEL.GNWS.KERNELS = kernels
     modules = build_model(cfg).modules()
     assert {m.kernels for m in modules if isinstance(m, (GroupNorm, WSConv2d))} == {kernels}
+
+
+def test_stock_config_without_our_keys_builds():
+    cfg = get_cfg()
+    cfg.merge_from_file(model_zoo.get_config_file("faster_rcnn_R50_gnws_1x"))
+    cfg.MODEL.DEVICE = "cpu"
+    assert "GNWS" not in cfg.MODEL
+    assert any(isinstance(m, WSConv2d) for m in build_model(cfg).modules())
 
 
 def test_autocast_keeps_the_features_in_half_precision():

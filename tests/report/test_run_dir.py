@@ -15,8 +15,6 @@ from gnws_d2.utils.errors import UserError
 
 START = {
     "command": "train_net.py --config-file a.yaml",
-    "config_file": "a.yaml",
-    "resume": False,
     "num_processes": 2,
     "num_machines": 1,
     "machine": {
@@ -107,7 +105,7 @@ def test_record_of_a_training_is_read(read, tmp_path, monkeypatch):
 
     monkeypatch.setattr("sys.argv", ["/somewhere/train_net.py", "--config-file", "a b.yaml"])
     trainer = Trainer()
-    trainer.register_hooks([RunRecord(str(tmp_path), "a b.yaml")])
+    trainer.register_hooks([RunRecord(str(tmp_path))])
     trainer.train(0, 3)
     facts = read().facts
     assert facts["Command"] == "train_net.py --config-file 'a b.yaml'"

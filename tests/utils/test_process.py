@@ -31,7 +31,7 @@ print(min(faults[1:]))  # the system may take pages back at any time
     "what, keep", [("call", True), ("nothing", False), ("auto", True), ("reference", False)]
 )
 def test_freed_memory_is_kept_or_given_back(tmp_path, what, keep):
-    """By a call, or by a Predictor of a CPU. A page that the system has to give faults once."""
+    """By a call, or by a Predictor on a CPU. Each page that the system hands out faults once."""
     cfg = small_mask_rcnn(tmp_path / "model_final.pth", ["circle", "square", "triangle"])
     (tmp_path / "config.yaml").write_text(cfg.dump())
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
@@ -42,12 +42,12 @@ def test_freed_memory_is_kept_or_given_back(tmp_path, what, keep):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     pages = 64 * 2**20 // resource.getpagesize()
-    # Where the system gives large pages, a fault may give 2 MiB.
+    # Where the system hands out large pages, a fault may stand for 2 MiB.
     assert int(done.stdout) < 10 if keep else int(done.stdout) >= pages // 512
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="for Linux")
-def test_cores_are_those_that_the_process_may_use():
+def test_usable_cores_are_those_of_the_affinity_mask():
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
     try:
