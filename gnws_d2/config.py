@@ -98,8 +98,9 @@ def load_config(
     config_file: str, opts: Sequence[Any], datasets: Sequence[Sequence[str]] = (), text: str = ""
 ) -> CfgNode:
     """
-    Read a config file without running code that it may contain. For the ``config.yaml`` of a run,
-    ``OUTPUT_DIR`` is the directory that it is in, even if that was moved or copied.
+    Read a config file without running code that it may contain. For the ``config.yaml`` or
+    ``finetune.yaml`` of a run, ``OUTPUT_DIR`` is the directory that it is in, even if that was
+    moved or copied, and the paths below it follow.
 
     Args:
         config_file: see :func:`find_config_file`.
@@ -126,8 +127,9 @@ def load_config(
     except Exception as e:  # Detectron2, yacs and YAML raise almost anything
         raise UserError(f"--config-file {config_file}: {_describe_error(e, cfg)}") from e
     directory, name = os.path.split(config_file)
-    if name == "config.yaml" and os.path.isfile(os.path.join(directory, "run.json")):
-        cfg.OUTPUT_DIR = directory or "."
+    beside = {"config.yaml": "run.json", "finetune.yaml": "finetune.choices.json"}.get(name)
+    if beside and os.path.isfile(os.path.join(directory, beside)):
+        _move_run(cfg, directory or ".")
     try:
         cfg.merge_from_list(list(opts))
     except Exception as e:
@@ -150,6 +152,22 @@ def load_config(
     cfg.DATASETS.COCO = tuple((recorded | by_name).values())
     cfg.freeze()
     return cfg
+
+
+def _move_run(cfg: CfgNode, directory: str) -> None:
+    """Set ``OUTPUT_DIR``, and change the paths that lie in the one before."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(move, value))
+        if value.startswith(before + os.sep):
+            return os.path.abspath(directory) + value.removeprefix(before)
+        return value
+
+    before, cfg.OUTPUT_DIR = cfg.OUTPUT_DIR, directory
+    for key in ("TRAIN", "TEST", "COCO"):
+        cfg.DATASETS[key] = move(cfg.DATASETS[key])
+    cfg.MODEL.WEIGHTS = move(cfg.MODEL.WEIGHTS)
 
 
 def _absolute(path: str) -> str:

@@ -124,7 +124,8 @@ def finetune(parser: ArgumentParser) -> None:
     parser.epilog = """Example: --data my_pictures --output output/mine. All choices are config
         keys, and KEY VALUE pairs at the end override them."""
     add, files = parser.add_argument, ("ANNOTATIONS.json", "IMAGE_ROOT")
-    add("--data", metavar="DIR", help="COCO, YOLO, Pascal VOC, labelme, or images beside masks")
+    text = "directory in any common format, data.yaml, or COCO file: see docs/own_data.md"
+    add("--data", metavar="PATH", help=text)
     add("--train", nargs=2, metavar=files, help="training set in COCO format, instead of --data")
     add("--val", nargs=2, metavar=files, help="validation set (default: a fifth of the images)")
     add("--output", required=True, metavar="DIR", help="directory of the run")
@@ -135,11 +136,17 @@ def finetune(parser: ArgumentParser) -> None:
     _add_number(parser, "--num-gpus", 1, "GPUs, or processes with MODEL.DEVICE cpu")
     _add_number(parser, "--patience", 0, "stop after N evaluations without a better AP; 0: never")
     add("--resume", action="store_true", help="continue the run in --output")
+    text = "stop before the training: write the data and the config, and a page to look at the data"
+    add("--dry-run", action="store_true", help=text)
+    text = "train also if more than a tenth of the objects cannot be used"
+    add("--keep-going", action="store_true", help=text)
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys, at the end")
     args = parser.parse_args()
     import gnws_d2
 
     best = gnws_d2.finetune(**vars(args))
+    if args.dry_run:
+        return
     print(
         f"\nThe best checkpoint is {best}.\n"
         f"  predict: gnws demo --model {args.output} --input IMAGES --output PICTURES\n"
