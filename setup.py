@@ -22,7 +22,6 @@ setup(
         "matplotlib",
         "numpy",
         "opencv-python",
-        "orjson",
         "Pillow",
         "pycocotools",
         "PyYAML",

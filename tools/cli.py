@@ -280,7 +280,7 @@ def check_dataset(parser: ArgumentParser) -> int:
 
     kinds: dict[str, list[Issue]] = defaultdict(list)
     for issue in check_dataset(args.annotations, args.images, open_images=not args.no_images):
-        kinds[f"{issue.level}: {issue.kind}"].append(issue)
+        kinds[f"{issue.level}: {issue.item} {issue.key}"].append(issue)
     for kind, found in sorted(kinds.items()):
         more = [f"and {len(found) - 10} more"] if len(found) > 10 else []
         print("\n  ".join([f"{kind} ({len(found)})", *(i.message for i in found[:10]), *more]))

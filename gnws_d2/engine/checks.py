@@ -38,9 +38,7 @@ def check_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         )
     # Of the processes that torchrun starts on a machine, one is enough.
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        loads_itself = dist.is_torchelastic_launched() or args.num_gpus * args.num_machines == 1
-        keys = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
-        check_datasets(cfg, keys, keep=loads_itself)
+        check_datasets(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
         check_evaluators(cfg)
     if args.eval_only and cfg.TEST.PREDICTIONS:
         if len(cfg.DATASETS.TEST) != 1:

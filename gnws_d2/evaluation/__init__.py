@@ -1,6 +1,7 @@
-from .build import build_evaluator, check_evaluators
 from .coco_evaluation import (
     COCOEvaluator,
+    build_evaluator,
+    check_evaluators,
     evaluate_results,
     read_results,
     read_truth,

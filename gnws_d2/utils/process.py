@@ -1,14 +1,11 @@
 """Settings of a process, for entry points."""
 
-import contextlib
 import ctypes
 import functools
-import gc
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
@@ -35,25 +32,6 @@ def keep_freed_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)  # never
-
-
-def release_freed_memory() -> None:
-    """Return freed memory to the system, where the C library is glibc."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
-@contextlib.contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Do not look for reference cycles, which takes long while millions of objects are made."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def end_with_parent() -> None:

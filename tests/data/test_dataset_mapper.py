@@ -201,7 +201,9 @@ def test_images_too_large_are_refused_before_they_are_decoded(tmp_path, monkeypa
     monkeypatch.setattr(cv2, "imdecode", None)
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=f"{name} is larger than the .*MAX_IMAGE_PIXELS") as e:
+        with pytest.raises(
+            UserError, match=f"{name} is larger than PIL.Image.MAX_IMAGE_PIXELS"
+        ) as e:
             read_image(str(tmp_path / name), "BGR")
         assert "\n" not in str(e.value)
 

@@ -360,7 +360,7 @@ def test_missing_image_is_one_sentence_and_leaves_no_page(shapes, tmp_path):
     run = write_run(tmp_path / "o", dataset, results=[])
     for path in (copy / "images").iterdir():
         path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match="truncated or no image"):
+    with pytest.raises(UserError, match="damaged or not an image"):
         make_report(run, [dataset])
     assert not list(Path(run).glob("*.html*"))
 

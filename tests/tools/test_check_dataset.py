@@ -51,19 +51,17 @@ def test_every_issue_is_listed_once_by_id(photographs, copy, run):
     status, stdout, _ = run(*args)
     assert status == 1 and stdout.endswith("a.json: 41 issues\n")
     report = json.loads((copy / "report.json").read_text())
-    found = [(f["kind"], f["item"], f["id"]) for f in report["issues"]]
+    found = [(f["item"], f["id"], f["key"]) for f in report["issues"]]
     assert sorted(found) == sorted(
         [
-            ("unknown category", "annotation", 1234),
-            ("box with no area", "annotation", 1235),
-            *(("box", "annotation", a["id"]) for a in coco["annotations"][6:40]),
-            ("path out of the image directory", "image", 3),
-            ("another image size", "image", 4),
-            ("missing image", "image", 5),
-            *(("unreadable image", "image", i) for i in (6, 7)),
+            ("annotation", 1234, "category_id"),
+            ("annotation", 1235, "bbox"),
+            *(("annotation", a["id"], "bbox") for a in coco["annotations"][6:40]),
+            ("image", 3, "file_name"),
+            *(("image", i, "file") for i in (4, 5, 6, 7)),
         ]
     )
-    assert "error: box (34)" in stdout and "and 24 more" in stdout
+    assert "error: annotation bbox (34)" in stdout and "and 24 more" in stdout
     assert "annotation id 1234 has category id 9" in stdout
 
     assert run(*args, "--no-images")[0] == 1
