@@ -48,12 +48,12 @@ def check_coco_json(
             raise UserError(f"{json_file}: {issue.message}")
     if "bbox" in warnings and _boxes_are_corners(coco):
         raise UserError(
-            f"{json_file}: the boxes seem to be x1, y1, x2, y2, as none would be over the edge of "
-            "its image: convert them to COCO's x, y, width, height, as which many are."
+            f"{json_file}: the boxes seem to be x1, y1, x2, y2, which would all be inside their "
+            "images: convert them to COCO's x, y, width, height."
         )
     for key, messages in warnings.items():
         logging.getLogger(__name__).warning(
-            f"{json_file}: {len(messages)} warnings about {key!r}; the first: {messages[0]}"
+            f"{json_file}: {len(messages)} warning(s) about {key!r}; the first: {messages[0]}"
         )
     return _classes(coco)
 
@@ -110,7 +110,7 @@ def register_coco_datasets(datasets: Sequence[Sequence[str]]) -> None:
             raise UserError(
                 f"--dataset {name}: a dataset of this name exists, choose another name."
             )
-        for key in class_fields({}):  # of what may have been another content of the file
+        for key in class_fields({}):  # the file may have changed since it was read
             vars(metadata).pop(key, None)
 
 

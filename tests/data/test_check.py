@@ -264,8 +264,8 @@ def test_clipped_boxes_and_skipped_images_are_warnings(check, caplog):
         check(change)
     with caplog.at_level(logging.WARNING):
         check(change, skip_bad_images=True)
-    assert "1 warnings about 'file'; the first: image id 3 has a file" in caplog.text
-    assert "2 warnings about 'bbox'; the first: annotation id 1 has the box" in caplog.text
+    assert "1 warning(s) about 'file'; the first: image id 3 has a file" in caplog.text
+    assert "2 warning(s) about 'bbox'; the first: annotation id 1 has the box" in caplog.text
 
 
 def test_boxes_of_corners_are_recognized(check):

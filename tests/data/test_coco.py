@@ -27,7 +27,7 @@ def test_registering_reads_nothing_and_may_be_repeated(photographs, tmp_path):
 
 
 def test_file_that_has_changed_is_checked_and_loaded_anew(photographs, tmp_path):
-    """As by two runs of a notebook, one after the other in the same directory."""
+    """As in a notebook that fine-tunes twice in the same directory."""
     content, path = photographs.coco(), tmp_path / "changing.json"
     path.write_text(json.dumps(content))
     register_coco_datasets([["fruits_changing", str(path), str(photographs.images)]])
