@@ -62,6 +62,9 @@ def add_gnws_config(cfg: CfgNode) -> None:
 
     # Whether each evaluation of TEST.EVAL_PERIOD also computes the losses on DATASETS.TEST.
     cfg.TEST.VALIDATION_LOSS = False
+    # A file of predictions in COCO's results format, such as inference/coco_instances_results.json
+    # in OUTPUT_DIR, that --eval-only evaluates instead of a model.
+    cfg.TEST.PREDICTIONS = ""
     cfg.DISTRIBUTED = CfgNode()
     # Seconds that a process waits for the others in a collective operation.
     cfg.DISTRIBUTED.TIMEOUT = 1800

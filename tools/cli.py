@@ -250,18 +250,28 @@ def export(parser: ArgumentParser) -> None:
 
 
 def check_dataset(parser: ArgumentParser) -> int:
-    """List the issues of a dataset in COCO format. The exit status is 1 if there are any."""
+    """
+    Read a dataset as `gnws finetune` does, and list what is repaired and what is left out. The exit
+    status is 1 if anything is left out.
+    """
     add = parser.add_argument
-    add("annotations", metavar="ANNOTATIONS", help="the JSON file")
-    add("images", metavar="IMAGES", help="the directory of the images")
+    add("data", metavar="PATH", help="directory in any common format, data.yaml, or COCO file")
+    add("images", nargs="?", metavar="IMAGE_ROOT", help="directory of the images of a COCO file")
     args = parser.parse_args()
-    from gnws_d2.data.check import check_dataset
+    from gnws_d2.data.formats import Notes, describe, read_coco_files, read_dataset
 
-    issues = check_dataset(args.annotations, args.images)
-    for issue in sorted(issues, key=lambda issue: (issue.level, issue.kind)):
-        print(f"{issue.level}: {issue.message}")
-    print(f"{args.annotations}: {len(issues)} issues")
-    return 1 if issues else 0
+    notes, options = Notes(), {"skip_bad_images": True, "keep_going": True}
+    if args.images:
+        splits = read_coco_files({"all": (args.data, args.images)}, notes, **options)
+    else:
+        splits = read_dataset(args.data, notes, **options)
+    for name, coco in splits.items():
+        classes = ", ".join(c["name"] for c in coco["categories"])
+        print(f"{name}: {describe(coco)}, of the classes {classes}")
+    for verb, kinds in (("Repaired", notes.repairs), ("Left out", notes.left_out)):
+        for kind, found in kinds.items():
+            print(f"{verb} {len(found)} x {kind}", *found, sep="\n  ")
+    return 1 if notes.left_out else 0
 
 
 COMMANDS: dict[str, Callable[[ArgumentParser], int | None]] = {

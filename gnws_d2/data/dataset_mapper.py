@@ -22,7 +22,7 @@ from ..config import check_choice
 from ..utils.errors import UserError
 from .transforms import OpenCVResizeShortestEdge
 
-# Suffixes of the files of a directory that are taken for images.
+# Suffixes of the files in a directory that are read as images.
 IMAGE_SUFFIXES = tuple(".avif .bmp .gif .jp2 .jpeg .jpg .png .ppm .tif .tiff .webp".split())
 _EXIF_ORIENTATION = 0x0112
 _IMAGE_ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82")  # of complete JPEG and PNG files
@@ -34,7 +34,7 @@ class BadImageError(UserError):
 
 def read_image(file_name: str, format: str) -> np.ndarray:
     """
-    Decode an image file as `cv2.imread` does, EXIF orientation included.
+    Decode an image file as `cv2.imread` does, and apply its EXIF orientation.
 
     Args:
         file_name: path of the image.
@@ -44,8 +44,8 @@ def read_image(file_name: str, format: str) -> np.ndarray:
         (H, W, 3), uint8.
 
     Raises:
-        BadImageError: if the file is missing, not a regular file, empty, truncated, no image, or
-            not of 8 bits; or if its header gives more than ``PIL.Image.MAX_IMAGE_PIXELS``.
+        BadImageError: if the file is missing, not a regular file, damaged, not an image, or not of
+            8 bits; or if it has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
     try:
         # A pipe would block, and a device may have no end.
@@ -59,7 +59,7 @@ def read_image(file_name: str, format: str) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as header:
             width, height = header.size
             if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
-                raise Image.DecompressionBombError(f"it has {width} x {height} pixels")
+                raise Image.DecompressionBombError(f"{width} x {height} pixels are too many")
             if not data.endswith(_IMAGE_ENDS):
                 header.load()  # fails if truncated, where OpenCV silently fills in grey
         flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
@@ -68,11 +68,11 @@ def read_image(file_name: str, format: str) -> np.ndarray:
             raise ValueError("OpenCV cannot decode it")
     except Image.DecompressionBombError as e:
         raise BadImageError(
-            f"The image {file_name} is larger than the {Image.MAX_IMAGE_PIXELS} pixels of "
-            f"PIL.Image.MAX_IMAGE_PIXELS: {e}. Tile it, or raise the limit."
+            f"The image {file_name} is larger than PIL.Image.MAX_IMAGE_PIXELS, "
+            f"{Image.MAX_IMAGE_PIXELS}: {e}. Tile it, or raise the limit."
         ) from e
     except Exception as e:  # Pillow raises errors of all types for damaged files
-        raise BadImageError(f"The image {file_name} is truncated or no image: {e}.") from e
+        raise BadImageError(f"The image {file_name} is damaged or not an image: {e}.") from e
     if image.dtype != np.uint8:
         # OpenCV would keep the upper 8 bits, of which cameras with 12 bits use four.
         raise BadImageError(
@@ -82,10 +82,25 @@ def read_image(file_name: str, format: str) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if format == "RGB" else image
 
 
+def read_dataset_image(dataset_dict: dict[str, Any], format: str) -> np.ndarray:
+    """
+    Read ``file_name`` as :func:`read_image`, and set the width and height if there are none.
+
+    Raises:
+        BadImageError: see :func:`read_image`; or if the image has another size than in the dataset.
+    """
+    image = read_image(dataset_dict["file_name"], format)
+    try:
+        utils.check_image_size(dataset_dict, image)
+    except utils.SizeMismatchError as e:
+        raise BadImageError(str(e)) from e
+    return image
+
+
 def image_size(file_name: str) -> tuple[int, int]:
     """
-    Return the width and height of an image as :func:`read_image` decodes it, from the header of a
-    JPEG that is not turned; others are decoded, as their readers differ in what they turn.
+    Return the width and height of an image as :func:`read_image` decodes it. The header of an
+    upright JPEG has them; other files are decoded, as Pillow and OpenCV rotate different formats.
 
     Raises:
         BadImageError: see :func:`read_image`.
@@ -101,8 +116,8 @@ def image_size(file_name: str) -> tuple[int, int]:
 class OpenCVDatasetMapper(DatasetMapper):
     """
     :class:`DatasetMapper` for boxes, masks and keypoints that decodes and resizes images with
-    OpenCV, as the published models were trained and tested. Detectron2's own resizes with Pillow,
-    whose antialiasing visibly changes what the same weights predict.
+    OpenCV, as the published models were trained and tested. Detectron2 resizes with Pillow, whose
+    antialiasing visibly changes the predictions of the same weights.
     """
 
     @classmethod
@@ -126,16 +141,12 @@ class OpenCVDatasetMapper(DatasetMapper):
             The input with ``image``, a (3, H, W) uint8 tensor, and in training ``instances``.
 
         Raises:
-            BadImageError: see :func:`read_image`; or if the size is not the one in the dataset.
+            BadImageError: see :func:`read_dataset_image`.
         """
         if torch.utils.data.get_worker_info() is not None:
             cv2.setNumThreads(1)  # the workers are the threads
         dataset_dict = copy.deepcopy(dataset_dict)  # it will be modified by code below
-        image = read_image(dataset_dict["file_name"], self.image_format)
-        try:
-            utils.check_image_size(dataset_dict, image)
-        except utils.SizeMismatchError as e:
-            raise BadImageError(str(e)) from e
+        image = read_dataset_image(dataset_dict, self.image_format)
         aug_input = T.AugInput(image)
         transforms = self.augmentations(aug_input)
         image = aug_input.image

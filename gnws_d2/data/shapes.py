@@ -1,4 +1,4 @@
-"""A small built-in dataset: synthetic images of coloured shapes, in COCO format."""
+"""A small built-in dataset in COCO format: synthetic images of coloured shapes."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def generate_shapes(output_dir: str, num_images: int, seed: int) -> None:
 
     Args:
         output_dir: directory to create; it must not exist.
-        num_images, seed: number of images, and seed of what is on them.
+        num_images, seed: number of images, and seed of their content.
     """
     rng = np.random.RandomState(seed)
     os.makedirs(os.path.join(output_dir, "images"))

@@ -1,4 +1,4 @@
-"""Detectron2's resize with OpenCV's pixels."""
+"""Detectron2's resize transforms, with OpenCV's interpolation."""
 
 import cv2
 import numpy as np
@@ -7,7 +7,7 @@ from detectron2.data import transforms as T
 
 class OpenCVResizeTransform(T.ResizeTransform):
     """
-    :class:`ResizeTransform` that resizes images by OpenCV's bilinear interpolation, which has no
+    :class:`ResizeTransform` that resizes images with OpenCV's bilinear interpolation, which has no
     antialiasing, instead of Pillow's.
     """
 
@@ -26,7 +26,7 @@ class OpenCVResizeTransform(T.ResizeTransform):
 
 
 class OpenCVResizeShortestEdge(T.ResizeShortestEdge):
-    """:class:`ResizeShortestEdge` by :class:`OpenCVResizeTransform`."""
+    """:class:`ResizeShortestEdge` with :class:`OpenCVResizeTransform`."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         t = super().get_transform(image)

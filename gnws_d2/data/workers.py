@@ -21,20 +21,20 @@ _CAN_BLOCK = hasattr(signal, "pthread_sigmask")  # not on Windows
 
 def iterate(loader: DataLoader) -> Iterator[Any]:
     """
-    Iterate over `loader` with workers that go on when SIGTERM or SIGINT comes. Schedulers and
-    terminals send these to all processes of a job, but only the main one of a loader acts on them,
-    and needs its workers until then.
+    Iterate over `loader` with workers that ignore SIGTERM and SIGINT. Schedulers and terminals send
+    these signals to all processes of a job, but the process that started the workers decides when
+    to stop, and needs them until then.
 
-    In a process of Detectron2's launcher, workers are forked, as they are elsewhere on Linux. The
-    launcher's own start method would have each of them import PyTorch again, for every evaluation.
+    In a process of Detectron2's launcher, workers are forked, as elsewhere on Linux. With the
+    launcher's start method each worker would import PyTorch again, in every evaluation.
     """
     loader.worker_init_fn = _init_worker
     launched = multiprocessing.parent_process() is not None
     if launched and loader.num_workers > 0 and sys.platform == "linux":
         loader.multiprocessing_context = "fork"
     method = getattr(loader.multiprocessing_context, "_start_method", None)
-    # Workers inherit the mask, so that they ignore signals from their first moment on. Python's
-    # resource tracker, which serves all start methods but fork, resets the mask when it starts.
+    # Workers inherit the mask, so that they ignore signals from the start. Python's resource
+    # tracker, which all start methods except fork use, resets the mask when it starts.
     if _CAN_BLOCK and (method or multiprocessing.get_start_method()) != "fork":
         resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS) if _CAN_BLOCK else None
@@ -47,7 +47,7 @@ def iterate(loader: DataLoader) -> Iterator[Any]:
 
 
 class StoppableLoader:
-    """A loader for an evaluation, with :func:`iterate`, that ends early when a signal comes."""
+    """Iterate over the loader of an evaluation, and end early after a signal."""
 
     def __init__(self, loader: DataLoader):
         self._loader = loader
@@ -63,7 +63,7 @@ class StoppableLoader:
 
 
 def _init_worker(worker_id: int) -> None:
-    end_with_parent()  # PyTorch looks for the parent every five seconds only
+    end_with_parent()  # PyTorch checks only every five seconds whether the parent is alive
     if _CAN_BLOCK:  # a fork server may have been started without the mask
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     if not _HAS_SIGWAITINFO:
@@ -72,7 +72,7 @@ def _init_worker(worker_id: int) -> None:
     parent_pid = parent.pid if parent else os.getppid()
 
     def wait() -> None:
-        # The process that started the workers sends SIGTERM to those that are left when it ends.
+        # The process that started the workers sends SIGTERM to the remaining ones when it ends.
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent_pid:
             pass
         os._exit(0)

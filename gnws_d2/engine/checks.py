@@ -39,10 +39,15 @@ def check_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         _check_batch_size(cfg, args.num_gpus * args.num_machines)
     # One of the processes that torchrun starts on a machine checks the data.
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        loads_itself = dist.is_torchelastic_launched() or args.num_gpus * args.num_machines == 1
-        keys = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
-        check_datasets(cfg, keys, keep=loads_itself)
+        check_datasets(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
         check_evaluators(cfg)
+    if args.eval_only and cfg.TEST.PREDICTIONS:
+        if len(cfg.DATASETS.TEST) != 1:
+            raise UserError(
+                f"TEST.PREDICTIONS {cfg.TEST.PREDICTIONS} is for one dataset: name it alone in "
+                f"DATASETS.TEST, which has {len(cfg.DATASETS.TEST)}."
+            )
+        return
     _check_weights(cfg, args)
 
 

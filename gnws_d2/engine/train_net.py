@@ -22,6 +22,7 @@ from ..checkpoint import GNWSCheckpointer
 from ..config import choose_device, find_config_file, load_config
 from ..data import register_coco_datasets
 from ..data.coco import dataset_classes
+from ..evaluation import evaluate_predictions
 from ..modeling.backbone import check_keys
 from ..utils.errors import UserError
 from ..utils.files import atomic_write
@@ -90,6 +91,8 @@ def main(args: argparse.Namespace) -> dict | None:
 
 
 def _evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict:
+    if cfg.TEST.PREDICTIONS:
+        return evaluate_predictions(cfg) if comm.is_main_process() else {}
     model = Trainer.build_model(cfg)
     classes = dataset_classes(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else None
     checkpointer = GNWSCheckpointer(model, cfg.OUTPUT_DIR, strict=True, classes=classes)

@@ -1,7 +1,10 @@
-from .build import build_evaluator, check_evaluators
 from .coco_evaluation import (
     COCOEvaluator,
+    build_evaluator,
+    check_evaluators,
+    evaluate_predictions,
     evaluate_results,
+    max_dets,
     read_results,
     read_truth,
     results_json,
@@ -11,7 +14,9 @@ __all__ = [
     "COCOEvaluator",
     "build_evaluator",
     "check_evaluators",
+    "evaluate_predictions",
     "evaluate_results",
+    "max_dets",
     "read_results",
     "read_truth",
     "results_json",

@@ -3,144 +3,179 @@ Compute COCO AP with hotcoco, which gives the numbers of pycocotools, the offici
 of the time or less.
 """
 
-import contextlib
-import copy
-import io
 import itertools
 import json
-import logging
 import os
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from datetime import timedelta
+import warnings
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch.distributed as dist
+import hotcoco
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator as _COCOEvaluator
-from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from detectron2.evaluation import print_csv_format
 
+from ..data.check import read_coco_json
 from ..utils.errors import UserError
 from ..utils.files import atomic_write
 from ..utils.signals import stop_together
 
-try:
-    import hotcoco
-except ImportError:
-    hotcoco = None  # type: ignore[assignment]
-
+_COCO_KEYPOINTS, _COCO_MAX_DETS = 17, 100
 _FIELDS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
-_LONGEST = timedelta(days=7)  # of an evaluation
 
 
 class COCOEvaluator(_COCOEvaluator):
     """
-    Detectron2's :class:`COCOEvaluator` with hotcoco, or with pycocotools: see :func:`read_truth`. A
-    model that finds nothing gets the official API's AP (0 for a class with objects) instead of NaN
-    or no mask AP.
+    Detectron2's :class:`COCOEvaluator` with hotcoco. A model that finds nothing gets the official
+    API's AP (0 for a class with objects) instead of NaN or no mask AP. `tasks` is required.
     """
-
-    def __init__(
-        self,
-        dataset_name: str,
-        tasks: tuple[str, ...],
-        output_dir: str | None = None,
-        kpt_oks_sigmas: Sequence[float] = (),
-    ):
-        """
-        Args:
-            dataset_name: a registered dataset with annotations in COCO format.
-            tasks: some of "bbox", "segm" and "keypoints".
-            output_dir: the directory of ``coco_instances_results.json``.
-            kpt_oks_sigmas: ``TEST.KEYPOINT_OKS_SIGMAS``.
-        """
-        super().__init__(
-            dataset_name,
-            tasks,
-            output_dir=output_dir,
-            use_fast_impl=False,
-            kpt_oks_sigmas=kpt_oks_sigmas,
-        )
 
     def evaluate(self, img_ids: list[int] | None = None) -> dict[str, Any]:
         """
-        See Detectron2. The predictions are written before AP is computed, and the other processes
-        wait for that longer than ``DISTRIBUTED.TIMEOUT``. Raises :class:`Stopped` in all processes
-        if one of them has received a signal.
+        See Detectron2. Raise :class:`Stopped` in all processes if one of them has received a
+        signal.
         """
-        stop_together()  # before AP is computed of a part of the images
-        predictions = comm.gather(self._predictions, dst=0)
-        with _wait_for_main_process():
-            if not comm.is_main_process():
-                return {}
-            predictions = list(itertools.chain(*predictions))
-            if self._output_dir:
-                os.makedirs(self._output_dir, exist_ok=True)
-            if any("proposals" in prediction for prediction in predictions):
-                self._results: dict[str, Any] = OrderedDict()
-                self._eval_box_proposals(predictions)
-                return self._results
-            results = list(itertools.chain(*(p["instances"] for p in predictions)))
-            ids = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
-            category_ids = {contiguous_id: id for id, contiguous_id in ids.items()}
-            for result in results if ids else ():
-                result["category_id"] = category_ids[result["category_id"]]
-            if self._output_dir:
-                path = os.path.join(self._output_dir, "coco_instances_results.json")
-                self._logger.info(f"Saving {len(results):,} predictions to {path}.")
-                with atomic_write(path) as f:
-                    f.write(json.dumps(results))  # faster than json.dump
-            return self.evaluate_results(results, img_ids)
+        stop_together()  # before AP is computed on a part of the images
+        return super().evaluate(img_ids)
+
+    def _eval_predictions(
+        self, predictions: list[dict[str, Any]], img_ids: list[int] | None = None
+    ) -> None:
+        results = list(itertools.chain(*(p["instances"] for p in predictions)))
+        ids = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
+        category_ids = {contiguous_id: id for id, contiguous_id in ids.items()}
+        for result in results if ids else ():
+            result["category_id"] = category_ids[result["category_id"]]
+        if self._output_dir:
+            path = os.path.join(self._output_dir, "coco_instances_results.json")
+            self._logger.info(f"Saving {len(results):,} predictions to {path}.")
+            with atomic_write(path) as f:
+                f.write(json.dumps(results))  # faster than json.dump
+        self._results |= self.evaluate_results(results, img_ids)
 
     def evaluate_results(
         self, results: list[dict[str, Any]], img_ids: list[int] | None = None
     ) -> dict[str, Any]:
-        """Compute AP of detections in COCO's results format, with the category ids of the file."""
-        self._results = OrderedDict()
+        """
+        Compute AP of detections in COCO's results format, with the category ids of the file.
+
+        Raises:
+            ValueError: see :func:`evaluate_results`.
+        """
         if not self._do_evaluation:
             self._logger.info("There are no annotations to compute AP with.")
             return {}
-        truth = read_truth(self._metadata.json_file)
+        truth, ap = read_truth(self._metadata.json_file), {}
         for task in self._tasks:
             self._logger.info(f"Computing AP, {task} ...")
             evaluation = evaluate_results(
-                truth, results, task, img_ids, kpt_oks_sigmas=self._kpt_oks_sigmas
+                truth,
+                results,
+                task,
+                img_ids,
+                kpt_oks_sigmas=self._kpt_oks_sigmas,
+                max_dets=self._max_dets_per_image[-1],
             )
-            self._results[task] = self._derive_coco_results(
+            ap[task] = self._derive_coco_results(
                 evaluation, task, class_names=self._metadata.get("thing_classes")
             )
-        return copy.deepcopy(self._results)
+        return ap
 
 
-def read_truth(json_file: str) -> Any:
+def build_evaluator(cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
     """
-    Read an annotation file for :func:`evaluate_results`, as :class:`hotcoco.COCO`, or as the
-    :class:`COCO` of pycocotools, with the same methods, if hotcoco is not installed or does not
-    support the file (ids that are strings, for example).
+    Build the evaluator of COCO AP for what the model predicts: boxes, masks and keypoints.
+
+    Raises:
+        UserError: if the dataset has another evaluator_type, such as LVIS's.
     """
-    path, reason = PathManager.get_local_path(json_file), "hotcoco is not installed"
-    if hotcoco is not None:
-        try:
-            return hotcoco.COCO(path)
-        except ValueError as e:
-            reason = f"hotcoco does not support the file: {e}"
-    logging.getLogger(__name__).info(f"{json_file}: AP by pycocotools, which is slow; {reason}.")
-    with contextlib.redirect_stdout(io.StringIO()):
-        return COCO(path)
+    _check_type(dataset_name)
+    return COCOEvaluator(
+        dataset_name,
+        ("bbox", *["segm"] * cfg.MODEL.MASK_ON, *["keypoints"] * cfg.MODEL.KEYPOINT_ON),
+        output_dir=os.path.dirname(results_json(cfg.OUTPUT_DIR, cfg, dataset_name)),
+        use_fast_impl=False,
+        kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        max_dets_per_image=max_dets(cfg, dataset_name),
+    )
+
+
+def max_dets(cfg: CfgNode, dataset_name: str) -> int:
+    """
+    Return the number of detections in an image that AP counts: COCO's 100, and on other datasets
+    all that the model may give (``TEST.DETECTIONS_PER_IMAGE``).
+    """
+    is_coco = dataset_name.startswith("coco_")
+    return _COCO_MAX_DETS if is_coco else max(_COCO_MAX_DETS, cfg.TEST.DETECTIONS_PER_IMAGE)
+
+
+def evaluate_predictions(cfg: CfgNode) -> dict[str, Any]:
+    """
+    Compute the AP of the file ``TEST.PREDICTIONS`` on the dataset of ``DATASETS.TEST``.
+
+    Raises:
+        UserError: if the file cannot be read, or does not fit the dataset.
+    """
+    (name,) = cfg.DATASETS.TEST
+    DatasetCatalog.get(name)  # fills in the class names
+    results = read_results(cfg.TEST.PREDICTIONS)
+    try:
+        ap = build_evaluator(cfg, name).evaluate_results(results)
+    except ValueError as e:
+        raise UserError(f"{cfg.TEST.PREDICTIONS} does not fit the dataset {name}: {e}.") from e
+    print_csv_format(ap)
+    return ap
+
+
+def check_evaluators(cfg: CfgNode) -> None:
+    """Raise :class:`UserError` if a dataset of ``DATASETS.TEST`` cannot be evaluated."""
+    num_keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    num_sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or _COCO_KEYPOINTS
+    for name in cfg.DATASETS.TEST:
+        _check_type(name)
+        if cfg.MODEL.KEYPOINT_ON and num_sigmas != num_keypoints:
+            raise UserError(
+                f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {num_keypoints}, but "
+                f"TEST.KEYPOINT_OKS_SIGMAS has {num_sigmas} values: give one for each keypoint."
+            )
+
+
+def _check_type(dataset_name: str) -> None:
+    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+    if evaluator_type != "coco":
+        raise UserError(
+            f"The dataset {dataset_name} has the evaluator_type {evaluator_type}, but only coco is "
+            "supported: convert it to COCO format."
+        )
+
+
+def read_truth(json_file: str) -> hotcoco.COCO:
+    """
+    Read an annotation file for :func:`evaluate_results`.
+
+    Raises:
+        UserError: see :func:`read_coco_json`; or if hotcoco does not support the content, such as
+            ids that are strings.
+    """
+    coco = read_coco_json(json_file)
+    try:
+        # Not the file itself: hotcoco refuses the "licenses": null that Detectron2 writes.
+        return hotcoco.COCO({key: coco[key] for key in ("images", "annotations", "categories")})
+    except ValueError as e:
+        raise UserError(f"hotcoco cannot read the annotation file {json_file}: {e}.") from e
 
 
 def evaluate_results(
-    truth: Any,
+    truth: hotcoco.COCO,
     results: list[dict[str, Any]],
     task: str,
     img_ids: list[int] | None = None,
     iou_threshold: float | None = None,
     kpt_oks_sigmas: Sequence[float] = (),
-) -> Any:
+    max_dets: int | None = None,
+) -> hotcoco.COCOeval:
     """
     Args:
         truth: the ground truth, of :func:`read_truth`.
@@ -150,10 +185,11 @@ def evaluate_results(
         img_ids: the images to evaluate on (default: all).
         iou_threshold: match at this IoU alone, objects of all sizes, without AP.
         kpt_oks_sigmas: the sigma of each keypoint (default: COCO's 17).
+        max_dets: the number of detections in an image that count (default: as many as `results`
+            have in one, and at least COCO's 100).
 
     Returns:
-        hotcoco's or pycocotools' :class:`COCOeval`, evaluated, and, unless `iou_threshold` is
-        given, accumulated and summarized.
+        The evaluation, with accumulated and summarized AP unless `iou_threshold` is given.
 
     Raises:
         ValueError: if the results are not of the dataset, or have another format.
@@ -166,48 +202,26 @@ def evaluate_results(
             raise ValueError("there are results of other images")
         if not all(_FIELDS[task] in result for result in results):
             raise ValueError(f"there are results without {_FIELDS[task]}")
-        evaluation = _evaluator(truth, results, task)
-        params = evaluation.params
-        if img_ids is not None:
-            params.imgIds = sorted(img_ids)
-        if len(kpt_oks_sigmas):
-            params.kpt_oks_sigmas = np.array(kpt_oks_sigmas)
-        if iou_threshold is not None:
-            params.iouThrs, params.areaRng = [iou_threshold], params.areaRng[:1]
-            params.areaRngLbl = params.areaRngLbl[:1]
-        evaluation.evaluate()
     except (AttributeError, KeyError, TypeError) as e:
         raise ValueError(f"the results have another format: {e!r}") from e
+    evaluation = hotcoco.COCOeval(truth, truth.loadRes(results), task)
+    params = evaluation.params
+    most = max(Counter(result["image_id"] for result in results).values(), default=0)
+    params.maxDets = [1, 10, max_dets or max(_COCO_MAX_DETS, most)]
+    if img_ids is not None:
+        params.imgIds = sorted(img_ids)
+    if len(kpt_oks_sigmas):
+        params.kpt_oks_sigmas = list(kpt_oks_sigmas)
+    if iou_threshold is not None:
+        params.iouThrs, params.areaRng = [iou_threshold], params.areaRng[:1]
+        params.areaRngLbl = params.areaRngLbl[:1]
+    evaluation.evaluate()
     if iou_threshold is None:
         evaluation.accumulate()
-        evaluation.summarize()
+        with warnings.catch_warnings():  # of another number of detections than 100
+            warnings.simplefilter("ignore", UserWarning)
+            evaluation.summarize()
     return evaluation
-
-
-def _evaluator(truth: Any, results: list[dict[str, Any]], task: str) -> Any:
-    if not isinstance(truth, COCO):
-        return hotcoco.COCOeval(truth, truth.loadRes(results), task)
-    with contextlib.redirect_stdout(io.StringIO()):
-        if results:
-            return COCOeval(truth, truth.loadRes(results), task)
-        no_detections = COCO()  # loadRes cannot read an empty list
-        no_detections.dataset = {**truth.dataset, "annotations": []}
-        no_detections.createIndex()
-        return COCOeval(truth, no_detections, task)
-
-
-@contextlib.contextmanager
-def _wait_for_main_process() -> Iterator[None]:
-    """Wait at the end of the context for all processes, longer than ``DISTRIBUTED.TIMEOUT``."""
-    if comm.get_world_size() == 1:
-        yield
-        return
-    group: Any = dist.new_group(backend="gloo", timeout=_LONGEST)
-    try:
-        yield
-        dist.barrier(group)
-    finally:
-        dist.destroy_process_group(group)
 
 
 def results_json(output_dir: str, cfg: CfgNode, dataset_name: str) -> str:

@@ -111,7 +111,8 @@ def evaluate_detector(cfg: CfgNode, detector: Detector) -> dict[str, float]:
     """
     name = cfg.DATASETS.TEST[0]
     loader = build_detection_test_loader(cfg, name, mapper=OpenCVDatasetMapper(cfg, False))
-    evaluator = COCOEvaluator(name, ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",))
+    tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
+    evaluator = COCOEvaluator(name, tasks, use_fast_impl=False)
     with contextlib.redirect_stdout(io.StringIO()):  # the tables of AP
         results = inference_on_dataset(partial(_predict, detector), loader, evaluator)
     ap = {task: float(metrics["AP"]) for task, metrics in (results or {}).items()}

@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from .. import model_zoo
 from ..config import choose_device, load_config
-from ..data.formats import Coco, Notes, read_coco_files, read_dataset, root_of
+from ..data.formats import Coco, Notes, describe, read_coco_files, read_dataset, root_of
 from ..utils.errors import UserError
 from ..utils.files import atomic_write
 from ..utils.process import num_usable_cores
@@ -71,8 +71,8 @@ def prepare(
         Choice("MODEL.WEIGHTS", weights, f"those of {model}"),
         Choice("MODEL.DEVICE", cfg.MODEL.DEVICE, device_reason),
         Choice("DATASETS.COCO", tuple(zip(names, files, roots)), "the data as COCO"),
-        Choice("DATASETS.TRAIN", (names[0],), _describe(splits["train"])),
-        Choice("DATASETS.TEST", (names[1],), f"{_describe(splits['val'])}, {split_reason}"),
+        Choice("DATASETS.TRAIN", (names[0],), describe(splits["train"])),
+        Choice("DATASETS.TEST", (names[1],), f"{describe(splits['val'])}, {split_reason}"),
         *derive_recipe(cfg, splits["train"], epochs, batch_size, num_gpus),
         Choice("DATALOADER.FILTER_EMPTY_ANNOTATIONS", False, "images without objects teach, too"),
         Choice("SOLVER.PATIENCE", patience, "--patience"),
@@ -128,16 +128,6 @@ def _read_splits(
         if not any(not a.get("iscrowd") for a in coco["annotations"]):
             raise UserError(f"{source}: no image of the split {name} has an object.")
     return splits, [os.path.abspath(root) for root in roots], reason
-
-
-def _describe(coco: Coco) -> str:
-    """The counts of what is trained on or evaluated."""
-    annotations = coco["annotations"]
-    crowds = sum(bool(a["iscrowd"]) for a in annotations)
-    empty = len(coco["images"]) - len({a["image_id"] for a in annotations})
-    text = f"{len(coco['images'])} images, {len(annotations) - crowds} objects"
-    text += f", {crowds} crowds" if crowds else ""
-    return text + (f", {empty} images without objects" if empty else "")
 
 
 def _write_json(path: str, content: Any) -> None:

@@ -28,7 +28,7 @@ class Analysis:
     # Of each class with objects: the score with the highest F1, the harmonic mean of precision and
     # recall, at IoU 0.5; and there (score, precision, recall, F1), 0 to 1.
     best_scores: dict[str, tuple[float, ...]]
-    errors: dict[str, float]  # AP50 lost, by the values of ERRORS; empty without hotcoco
+    errors: dict[str, float]  # AP50 lost, by the values of ERRORS
 
 
 def analyze(evaluation: Any) -> Analysis:
@@ -45,10 +45,7 @@ def analyze(evaluation: Any) -> Analysis:
     points = np.stack(np.broadcast_arrays(scores[0], p, r, f1))  # (4, recall levels, classes)
     points = points[:, f1.argmax(axis=0), range(len(classes))].T
     class_ap = dict(zip(classes, 100 * precision.mean(axis=(0, 1)).filled(math.nan)))
-    errors = {}
-    if hasattr(evaluation, "tide_errors"):
-        tide = evaluation.tide_errors()["delta_ap"]
-        errors = {name: 100 * tide[key] for key, name in ERRORS.items()}
+    tide = evaluation.tide_errors()["delta_ap"]
     return Analysis(
         ap=dict(zip(METRICS, np.where(evaluation.stats < 0, math.nan, 100 * evaluation.stats))),
         class_ap=class_ap,
@@ -58,7 +55,7 @@ def analyze(evaluation: Any) -> Analysis:
             for name, point in zip(classes, points.tolist())
             if not math.isnan(class_ap[name])
         },
-        errors=errors,
+        errors={name: 100 * tide[key] for key, name in ERRORS.items()},
     )
 
 
@@ -86,7 +83,7 @@ def find_mistakes(evaluation: Any) -> dict[Any, tuple[set[Any], set[int]]]:
 
 def confusion_matrix(
     evaluation: Any, threshold: float, limit: int = 15
-) -> tuple[list[str], np.ndarray] | None:
+) -> tuple[list[str], np.ndarray]:
     """
     Count by class what was detected where the objects are, at IoU 0.5.
 
@@ -97,11 +94,8 @@ def confusion_matrix(
 
     Returns:
         The names of n classes, and (n + 1, n + 1) numbers of objects, by class (rows) and by the
-        class of the detection (columns); the last row and column are background. None without
-        hotcoco.
+        class of the detection (columns); the last row and column are background.
     """
-    if not hasattr(evaluation, "confusion_matrix"):
-        return None
     confusion = evaluation.confusion_matrix(iou_thr=0.5, min_score=threshold)
     names, matrix = confusion["cat_names"], confusion["matrix"].astype(int)
     errors = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * matrix.diagonal()

@@ -18,7 +18,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from tabulate import tabulate
 
 from ..data import check_datasets, read_image, register_coco_datasets
-from ..evaluation import evaluate_results, read_results, read_truth, results_json
+from ..evaluation import evaluate_results, max_dets, read_results, read_truth, results_json
 from ..prediction.drawing import draw_objects
 from ..utils.errors import UserError
 from ..utils.files import atomic_write
@@ -50,7 +50,7 @@ def make_report(run_dir: str, datasets: list[list[str]]) -> None:
     names = [name for name in names if os.path.isfile(results_json(run_dir, run.cfg, name))]
     if names:
         check_datasets(run.cfg, ("TEST",))
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+    with contextlib.redirect_stdout(io.StringIO()):  # hotcoco prints
         evaluations = [_evaluate(run, name) for name in names]
     source = (Path(__file__).parent / "report.html").read_text("utf-8")
     page = jinja2.Template(source, autoescape=True, trim_blocks=True).render(
@@ -84,11 +84,12 @@ def _evaluate(run: Run, dataset_name: str) -> dict[str, Any]:
     files = [record["file_name"] for record in DatasetCatalog.get(dataset_name)]
     truth = read_truth(MetadataCatalog.get(dataset_name).json_file)
     evaluations, analyses, precision = {}, {}, {}
+    limit = max_dets(run.cfg, dataset_name)
     for task in _TASKS if run.cfg.MODEL.MASK_ON else ("bbox",):
         name = _TASKS[task]
         logging.getLogger(__name__).info(f"Computing {name} AP on {dataset_name} ...")
         try:
-            evaluations[task] = evaluate_results(truth, results, task)
+            evaluations[task] = evaluate_results(truth, results, task, max_dets=limit)
         except ValueError as e:
             raise UserError(
                 f"{path} does not fit the dataset {dataset_name}: was another one evaluated? ({e})"
@@ -112,6 +113,7 @@ def _evaluate(run: Run, dataset_name: str) -> dict[str, Any]:
     return {
         "name": dataset_name,
         "num_images": len(mistakes),
+        "max_dets": limit,
         "num_objects": num_objects,
         "num_found": num_objects - num_missed,
         "num_false": num_false,

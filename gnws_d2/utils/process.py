@@ -37,13 +37,6 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 
-def release_freed_memory() -> None:
-    """Return freed memory to the system. Without glibc, do nothing."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
     """Suspend the search for reference cycles, slow while millions of objects are created."""

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from gnws_d2.data.check import find_issues, read_coco_json
 from gnws_d2.data.coco import check_coco_json
-from gnws_d2.data.coco import load_coco_json as load_coco_json_faster
+from gnws_d2.evaluation import read_truth
 from gnws_d2.utils.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -87,11 +87,8 @@ def mutate_json(content, choice):
 
 
 def is_checked(value):
-    """Whether no id is a list or dict, and keypoints are numbers: otherwise nobody has it."""
+    """Whether keypoints are numbers, which nothing checks."""
     if isinstance(value, dict):
-        ids = [value.get(key) for key in ("id", "image_id", "category_id")]
-        if any(isinstance(i, (list, dict)) for i in ids):
-            return False
         keypoints = value.get("keypoints") or []
         if not isinstance(keypoints, list) or not {int, float}.issuperset(map(type, keypoints)):
             return False
@@ -115,16 +112,14 @@ def test_annotations(directory, first, second, how):
     def check_file():
         return check_coco_json(str(path), str(directory / "images"), masks=True, evaluation=True)
 
-    names = outcome(check_file)
-    if names is None:
+    classes = outcome(check_file)
+    if classes is None:
         return
-    # What passes, Detectron2 loads, and pycocotools makes masks of.
+    # Detectron2 and hotcoco read what passes, and pycocotools makes masks of it.
     records = load_coco_json(str(path), str(directory / "images"), "fuzz")
-    ours = load_coco_json_faster(str(path), str(directory / "images"), "fuzz_faster")
-    names_of = [MetadataCatalog.pop(name).thing_classes for name in ("fuzz", "fuzz_faster")]
-    texts = [json.dumps(r, sort_keys=True, default=str) for r in (records, ours)]
-    assert texts[0] == texts[1] and names_of[0] == names_of[1]
-    assert all(isinstance(name, str) for name in names) and len(records) > 0
+    names = MetadataCatalog.pop("fuzz").thing_classes
+    assert names == list(classes.values()) and len(records) > 0
+    read_truth(str(path))
     for record in records:
         size = record["height"], record["width"]
         for annotation in record["annotations"]:
@@ -152,4 +147,4 @@ def test_what_is_mutated_is_taken_as_it_is(directory):
     path = directory / "whole.json"
     path.write_text(json.dumps(COCO))
     names = check_coco_json(str(path), str(directory / "images"), masks=True, evaluation=True)
-    assert names == ["a", "b"]
+    assert names == {1: "a", 3: "b"}

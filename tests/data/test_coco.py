@@ -3,10 +3,9 @@ import json
 import pytest
 from conftest import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 
 from gnws_d2.config import load_config
-from gnws_d2.data import check, check_datasets, coco, register_coco_datasets
+from gnws_d2.data import check_datasets, register_coco_datasets
 from gnws_d2.data.coco import dataset_classes
 from gnws_d2.utils.errors import UserError
 
@@ -27,21 +26,8 @@ def test_registering_reads_nothing_and_may_be_repeated(photographs, tmp_path):
         register_coco_datasets([["coco_2017_val", *dataset[1:]]])
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_file_is_read_once_where_the_check_keeps_it(photographs, monkeypatch, keep):
-    reads, read = [], check.orjson.loads
-    monkeypatch.setattr(check.orjson, "loads", lambda text: reads.append(1) or read(text))
-    name = f"fruits_read_once_{keep}"
-    register_coco_datasets([[name, str(photographs.json_file), str(photographs.images)]])
-    check_datasets(config_of(name), ("TRAIN", "TEST"), keep=keep)
-    assert list(dataset_classes(name).values()) == ["date", "fig", "hazelnut"]
-    assert len(DatasetCatalog.get(name)) == 18 and len(reads) == (1 if keep else 2)
-    assert len(DatasetCatalog.get(name)) == 18  # again: nothing was kept any longer
-    assert len(reads) == (2 if keep else 3)
-
-
 def test_file_that_has_changed_is_checked_and_loaded_anew(photographs, tmp_path):
-    """As by two runs of a notebook, one after the other in the same directory."""
+    """As in a notebook that fine-tunes twice in the same directory."""
     content, path = photographs.coco(), tmp_path / "changing.json"
     path.write_text(json.dumps(content))
     register_coco_datasets([["fruits_changing", str(path), str(photographs.images)]])
@@ -50,6 +36,7 @@ def test_file_that_has_changed_is_checked_and_loaded_anew(photographs, tmp_path)
     for number, category in enumerate(content["categories"]):
         category["name"] = f"fruit {number}"
     path.write_text(json.dumps(content))
+    register_coco_datasets([["fruits_changing", str(path), str(photographs.images)]])
     check_datasets(config_of("fruits_changing"), ("TRAIN",))
     names = ["fruit 0", "fruit 1", "fruit 2"]
     assert list(dataset_classes("fruits_changing").values()) == names
@@ -65,18 +52,3 @@ def test_dataset_of_a_function_needs_no_file_and_no_names():
         check_datasets(config_of("of_a_function_alone"), ("TRAIN",))
     DatasetCatalog.remove("of_a_function_alone")
     MetadataCatalog.remove("of_a_function_alone")
-
-
-@pytest.mark.parametrize("source", ["shapes", "photographs"])
-def test_dataset_dicts_are_detectron2s(source, photographs, shapes_root):
-    if source == "shapes":
-        DatasetCatalog.get("shapes_val")  # generates them
-        metadata = MetadataCatalog.get("shapes_val")
-        files = metadata.json_file, metadata.image_root
-    else:
-        files = str(photographs.json_file), str(photographs.images)
-    ours = coco.load_coco_json(*files, f"{source}_ours")
-    assert ours == load_coco_json(*files, f"{source}_detectron2") and len(ours) > 10
-    for key in ("thing_classes", "thing_dataset_id_to_contiguous_id"):
-        values = [MetadataCatalog.get(f"{source}_{who}").get(key) for who in ("ours", "detectron2")]
-        assert values[0] == values[1]

@@ -45,8 +45,8 @@ def test_test_image_is_opencvs_bit_for_bit(records, image_format, size, shape):
 
 @pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
 @pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
-def test_size_is_that_of_the_decoded_image(tmp_path, suffix, orientation):
-    """Pillow and OpenCV differ in what they turn in TIFF and AVIF files."""
+def test_image_size_equals_the_size_of_the_decoded_image(tmp_path, suffix, orientation):
+    """Pillow and OpenCV rotate different TIFF and AVIF files."""
     path = tmp_path / f"a{suffix}"
     exif = Image.Exif()
     exif.update({274: orientation} if orientation else {})
@@ -110,8 +110,8 @@ def test_boxes_and_masks_line_up_with_the_image(records, tmp_path, flip, rle):
 
 @pytest.mark.parametrize("flip", ["none", "horizontal"])
 @pytest.mark.parametrize("rle", [False, True], ids=["polygons", "rle"])
-def test_instances_are_those_of_detectron2s_mapper(records, flip, rle, monkeypatch):
-    """Bit for bit, crowds and empty masks left out as there."""
+def test_instances_equal_those_of_detectron2s_mapper(records, flip, rle, monkeypatch):
+    """Bit for bit, also where crowds and empty masks are left out."""
     mapper = OpenCVDatasetMapper(get_config(450, flip), True)
     records = [record for record in records if len(record["annotations"]) > 3]
     for record in records:
@@ -201,7 +201,9 @@ def test_images_too_large_are_refused_before_they_are_decoded(tmp_path, monkeypa
     monkeypatch.setattr(cv2, "imdecode", None)
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=f"{name} is larger than the .*MAX_IMAGE_PIXELS") as e:
+        with pytest.raises(
+            UserError, match=f"{name} is larger than PIL.Image.MAX_IMAGE_PIXELS"
+        ) as e:
             read_image(str(tmp_path / name), "BGR")
         assert "\n" not in str(e.value)
 
@@ -232,7 +234,7 @@ def test_limit_of_image_size_can_be_raised(tmp_path, monkeypatch):
     assert read_image(str(path), "BGR").shape == (80, 80, 3)
 
 
-def test_channel_order_that_no_model_has_is_refused():
+def test_unknown_channel_order_is_refused():
     cfg = get_config()
     cfg.INPUT.FORMAT = "L"
     with pytest.raises(UserError, match=r"INPUT\.FORMAT"):

@@ -321,7 +321,7 @@ SHAPES = '{"shapes": [%s], "imagePath": "a.png"}'
             {"val/l.json": COCO, "test/l.json": COCO, "val/a.png": (8, 8), "test/a.png": (8, 8)},
             "has the splits test, val: one of them has to be train",
         ),
-        ({"images/a.png": "", "masks/a.png": (8, 8)}, "images/a.png is truncated or no image"),
+        ({"images/a.png": "", "masks/a.png": (8, 8)}, "images/a.png is damaged or not an image"),
     ],
 )
 def test_mistake_is_told_in_one_sentence(tmp_path, files, message):

@@ -11,11 +11,11 @@ from typing import Any
 from ...utils.errors import UserError
 from . import coco, cvat, labelme, masks, unreadable, via, voc, yolo
 from .label import Label
-from .settle import Coco, Notes, settle
+from .settle import Coco, Notes, describe, settle
 from .splits import assign_splits
 from .tree import Tree, split_of_name
 
-__all__ = ["Coco", "Notes", "read_coco_files", "read_dataset", "root_of"]
+__all__ = ["Coco", "Notes", "describe", "read_coco_files", "read_dataset", "root_of"]
 
 _FORMATS: dict[str, Any] = {
     "COCO": coco,

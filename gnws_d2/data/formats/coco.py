@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...utils.errors import UserError
-from ..check import boxes_are_corners, read_coco_json
+from ..check import read_coco_json
 from .label import Label, Object, to_number
 from .tree import Tree
 
@@ -35,11 +35,6 @@ def parse(tree: Tree, file: str) -> Iterator[Label]:
     """Read the labels of a file, with the classes of the dataset in ``tree.classes``."""
     coco = read_coco_json(tree.path(file))
     names = _read_classes(tree, file, coco)
-    if boxes_are_corners(coco) and not any(a.get("segmentation") for a in coco["annotations"]):
-        raise UserError(
-            f"{tree.path(file)}: the boxes seem to be x1, y1, x2, y2, as none would be over the "
-            "edge of its picture: convert them to COCO's x, y, width, height."
-        )
     objects: dict[Any, list[Object]] = defaultdict(list)
     for annotation in coco.pop("annotations"):
         where = f"{tree.path(file)}, annotation id {annotation.get('id')!r}"

@@ -69,6 +69,7 @@ def settle(
         for object in label.objects:
             if not object.fault:
                 _settle_object(object, *label.size)
+    _check_corners(labels)
     objects = [object for label in labels for object in label.objects]
     _settle_crowds(objects)
     usable = [o for o in objects if not o.fault]
@@ -94,6 +95,16 @@ def settle(
         for repair in object.repairs:
             notes.repairs[repair].append(object.where)
     return _to_coco(labels, classes)
+
+
+def describe(coco: Coco) -> str:
+    """Return the numbers of images and objects, in words."""
+    annotations = coco["annotations"]
+    crowds = sum(bool(a["iscrowd"]) for a in annotations)
+    empty = len(coco["images"]) - len({a["image_id"] for a in annotations})
+    text = f"{len(coco['images'])} images, {len(annotations) - crowds} objects"
+    text += f", {crowds} crowds" if crowds else ""
+    return text + (f", {empty} images without objects" if empty else "")
 
 
 def _open_pictures(labels: list[Label], notes: Notes, skip_bad_images: bool) -> list[Label]:
@@ -235,6 +246,20 @@ def _settle_segmentation(object: Object, width: int, height: int) -> list[float]
 
 def _short(box: Sequence[float]) -> str:
     return f"[{', '.join(f'{v:g}' for v in box)}]"
+
+
+def _check_corners(labels: list[Label]) -> None:
+    """Refuse boxes that all fit into their pictures as x1, y1, x2, y2, and many not otherwise."""
+    usable = [(o, label.size) for label in labels for o in label.objects if not o.fault]
+    boxes = np.array([object.box for object, _ in usable]).reshape(-1, 4)
+    size = np.array([size for _, size in usable]).reshape(-1, 2) + 1
+    first, last = boxes[:, :2], boxes[:, 2:]
+    fit = (first <= last) & (last <= size)
+    if len(boxes) and fit.all() and (first + last > size).any(axis=1).mean() > 0.2:
+        raise UserError(
+            f"{usable[0][0].where}: the boxes seem to be x1, y1, x2, y2, which would all be inside "
+            "their pictures: convert them to x, y, width, height."
+        )
 
 
 def _settle_crowds(objects: list[Object]) -> None:
