@@ -174,7 +174,7 @@ def _find_mask_issues(
             if what:
                 yield level, "segmentation", f"has the polygon {_short(polygon)}, which {what}"
     elif segmentation and isinstance(segmentation, dict):
-        if error := _find_rle_error(segmentation, width, height):
+        if error := find_rle_error(segmentation, width, height):
             yield "error", "segmentation", f"has RLE that cannot be decoded: {error}."
     elif segmentation or masks:
         what = f"has the segmentation {_short(segmentation)}: give polygons or RLE, or set "
@@ -194,7 +194,8 @@ def _find_polygon_issue(polygon: Any, masks: bool, width: int, height: int) -> t
     return "", ""
 
 
-def _find_rle_error(rle: dict[str, Any], width: int, height: int) -> str:
+def find_rle_error(rle: dict[str, Any], width: int, height: int) -> str:
+    """Return why an RLE cannot be decoded for an image of a size, or ""."""
     if rle.get("size") != [height, width]:
         return f"its size is {_short(rle.get('size'))}, its image's [{height}, {width}]"
     counts = rle.get("counts")

@@ -11,6 +11,7 @@ import pycocotools.mask as mask_util
 from PIL import Image
 
 from ...utils.errors import UserError
+from ..check import find_rle_error
 from ..dataset_mapper import BadImageError, read_image
 from .label import Label, Object, corners_of, encode_mask, to_number, to_numbers, to_rle
 from .tree import map_files
@@ -210,16 +211,15 @@ def _settle_segmentation(object: Object, width: int, height: int) -> list[float]
     """Keep polygons and RLE that can be used, and return their box."""
     given, object.segmentation = object.segmentation, None
     if isinstance(given, dict):
-        try:
-            rle = to_rle(given, height, width)
-            if [int(v) for v in rle["size"]] != [height, width] or not mask_util.area(rle):
-                return None
-            if isinstance(rle["counts"], bytes):
-                rle["counts"] = rle["counts"].decode()
-            object.segmentation, object.area = rle, float(mask_util.area(rle))
-            return mask_util.toBbox(rle).tolist()
-        except (KeyError, TypeError, ValueError, AttributeError):
+        if find_rle_error(given, width, height):
             return None
+        rle = to_rle(given, height, width)
+        if not mask_util.area(rle):
+            return None
+        if isinstance(rle["counts"], bytes):
+            rle["counts"] = rle["counts"].decode()
+        object.segmentation, object.area = rle, float(mask_util.area(rle))
+        return mask_util.toBbox(rle).tolist()
     if not isinstance(given, list):
         return None
     if given and not isinstance(given[0], (list, tuple)):
