@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from torch import Tensor
 
 from ..utils.errors import UserError
@@ -66,7 +67,9 @@ def convert_to_detectron2(checkpoint: Any) -> dict[str, Any]:
     if any(key.startswith((_BACKBONE, "proposal_generator.", "roi_heads.")) for key in state):
         return {"model": state}
     if "backbone.layer1.0.conv1.weight" in state:
-        return {"model": _rename(state, to_detectron2=True), "__author__": "MMDetection"}
+        converted = {"model": _rename(state, to_detectron2=True), "__author__": "MMDetection"}
+        names = _read_class_names(checkpoint.get("meta"))
+        return {**converted, "classes": dict(enumerate(names, 1))} if names else converted
     if "layer1.0.conv1.weight" in state:
         renamed = {
             "backbone." + re.sub(r"\bbn(\d)\b", r"gn\1", key): value
@@ -78,6 +81,17 @@ def convert_to_detectron2(checkpoint: Any) -> dict[str, Any]:
         state = {key.removeprefix(_BACKBONE): value for key, value in backbone.items()}
         return {"model": state, "__author__": "MMCV", "matching_heuristics": True}
     raise UserError(f"its parameters, such as {items[0][0]}, belong to no known model.")
+
+
+def _read_class_names(meta: Any) -> list[str]:
+    """Return the names that MMDetection 2 or 3 wrote; none for COCO's, whose ids have gaps."""
+    meta = meta if isinstance(meta, dict) else {}
+    data = meta.get("dataset_meta")
+    names = data.get("classes") if isinstance(data, dict) else meta.get("CLASSES")
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        return []
+    is_coco = list(names) == [c["name"] for c in COCO_CATEGORIES if c["isthing"]]
+    return [] if is_coco else list(names)
 
 
 def convert_to_mmdet(checkpoint: dict[str, Any]) -> dict[str, Any]:

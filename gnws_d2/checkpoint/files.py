@@ -25,7 +25,7 @@ _PLAIN = {
     ("torch._utils", "_rebuild_parameter"),
     ("torch._utils", "_rebuild_tensor_v2"),
 }
-_LIBRARIES = {"argparse", "datetime", "mmcv", "mmdet", "mmengine", "numpy", "pathlib"}
+_LIBRARIES = set("_codecs argparse copyreg datetime mmcv mmdet mmengine numpy pathlib".split())
 
 
 class DamagedCheckpointError(UserError):
@@ -123,6 +123,10 @@ class _Unpickler(pickle.Unpickler):
         raise UserError(f"loading it would run {module}.{name}")
 
 
+def _unpickle(file: Any, **kwargs: Any) -> Any:
+    return _Unpickler(file, **kwargs).load()
+
+
 def _read(file: str, **kwargs: Any) -> Any:
     kwargs["map_location"] = "cpu"
     try:
@@ -132,7 +136,7 @@ def _read(file: str, **kwargs: Any) -> Any:
             if "GLOBAL" not in str(e):
                 raise
         # MMDetection's checkpoints also have the logs, options and times of their training.
-        reader: Any = types.SimpleNamespace(Unpickler=_Unpickler, load=pickle.load)
+        reader: Any = types.SimpleNamespace(__name__=__name__, Unpickler=_Unpickler, load=_unpickle)
         return torch.load(file, weights_only=False, pickle_module=reader, **kwargs)
     except UserError as e:
         raise UserError(f"{file} is refused: {e}.") from e

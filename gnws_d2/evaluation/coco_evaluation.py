@@ -207,7 +207,8 @@ def evaluate_results(
     evaluation = hotcoco.COCOeval(truth, truth.loadRes(results), task)
     params = evaluation.params
     most = max(Counter(result["image_id"] for result in results).values(), default=0)
-    params.maxDets = [1, 10, max_dets or max(_COCO_MAX_DETS, most)]
+    if task != "keypoints":  # COCO counts 20
+        params.maxDets = [1, 10, max_dets or max(_COCO_MAX_DETS, most)]
     if img_ids is not None:
         params.imgIds = sorted(img_ids)
     if len(kpt_oks_sigmas):

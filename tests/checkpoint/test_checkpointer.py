@@ -1,11 +1,15 @@
+import argparse
 import os
 import pickle
 import re
 import signal
 import subprocess
 import sys
+import types
+from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import mmdet_state
@@ -406,3 +410,37 @@ def test_kill_while_writing_leaves_the_checkpoints_as_they_were(checkpoints, nam
     assert re.fullmatch(rf"{name}\.pth\.\w+\.part", part)
     assert {key: after[key] for key in before} == before
     assert resume(checkpoints) == 2
+
+
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_logs_and_options_in_a_checkpoint_are_not_read(save, tmp_path, zip_format, monkeypatch):
+    """As MMDetection 3 writes them, whose classes need not be installed."""
+    for name in ("mmengine", "mmengine.logging"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+
+    class HistoryBuffer:
+        def __init__(self):
+            self.history = np.zeros(3)
+
+        def __reduce__(self):
+            (tmp_path / "written").touch()
+            return type(self), (), {"history": self.history}
+
+    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = "mmengine.logging", "HistoryBuffer"
+    sys.modules["mmengine.logging"].HistoryBuffer = HistoryBuffer
+    state = mmdet_state("faster_rcnn_R50_gnws_1x")
+    content = {
+        "state_dict": state,
+        "meta": {"time": datetime(2024, 1, 1), "path": tmp_path, "best": np.float64(0.4)},
+        "message_hub": {"loss": HistoryBuffer(), "args": argparse.Namespace(a=1)},
+    }
+    content["meta"]["dataset_meta"] = {"classes": ("cat", "dog")}
+    path = save(content, _use_new_zipfile_serialization=zip_format)
+    for name in ("mmengine", "mmengine.logging"):
+        monkeypatch.delitem(sys.modules, name)
+    expected = convert_to_detectron2({"state_dict": state})["model"]
+    loaded = load_checkpoint(path)
+    assert loaded["classes"] == {1: "cat", 2: "dog"}
+    model = loaded["model"]
+    assert model.keys() == expected.keys()
+    assert all(torch.equal(model[key], expected[key]) for key in model)

@@ -210,7 +210,7 @@ def test_generated_cases_equal_pycocotools_to_the_last_digit(task, json_file, se
                 del result["bbox"]
             detections = coco.loadRes(given_results)
         expected = run_pycocotools(coco, detections, task)
-        ours = evaluate_results(read_truth(str(json_file)), results, task)
+        ours = evaluate_results(read_truth(str(json_file)), results, task, max_dets=100)
     np.testing.assert_array_equal(ours.stats, expected.stats)
     for name in ("precision", "recall", "scores"):
         np.testing.assert_array_equal(ours.eval[name], expected.eval[name])

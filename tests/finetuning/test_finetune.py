@@ -320,7 +320,7 @@ MISTAKES = [
     ([], "Give either --data DIR or --train"),
     (["--data", ".", "--train", ".", "."], "Give either --data DIR or --train"),
     (["--data", "gone"], "--data gone: there is no such directory"),
-    (["--train", "gone.json", "."], "Cannot read the annotation file gone.json"),
+    (["--train", "gone.json", "."], "Cannot read the annotation file .*gone.json"),
     (["--val", ".", "."], "--val needs --train"),
     (["--data", ".", "--epochs", "0"], "--epochs is at least 1"),
     (["--data", ".", "--patience", "-1"], "--patience is at least 0"),

@@ -118,7 +118,9 @@ def report(run, shapes):
 
 def mistakes_of(shapes):
     results = [result for result in predict(shapes) if result["score"] >= 0.5]
-    return find_mistakes(evaluate_results(COCO(shapes[1]), results, "bbox", iou_threshold=0.5))
+    return find_mistakes(
+        evaluate_results(read_truth(shapes[1]), results, "bbox", iou_threshold=0.5)
+    )
 
 
 @pytest.fixture(scope="module")
