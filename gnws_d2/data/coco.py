@@ -21,6 +21,7 @@ from .check import find_issues, read_coco_json
 _KEYS = ("iscrowd", "bbox", "keypoints", "category_id")  # that Detectron2 takes as they are
 
 
+@no_garbage_collection()
 def check_coco_json(
     json_file: str,
     image_root: str,

@@ -16,7 +16,7 @@ from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.utils.file_io import PathManager
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..config import check_choice
 from ..utils.errors import UserError
@@ -72,7 +72,8 @@ def read_image(file_name: str, format: str) -> np.ndarray:
             f"{Image.MAX_IMAGE_PIXELS}: {e}. Tile it, or raise the limit."
         ) from e
     except Exception as e:  # Pillow raises errors of all types for damaged files
-        raise BadImageError(f"The image {file_name} is damaged or not an image: {e}.") from e
+        reason = "its format is not known" if isinstance(e, UnidentifiedImageError) else e
+        raise BadImageError(f"The image {file_name} is damaged or not an image: {reason}.") from e
     if image.dtype != np.uint8:
         # OpenCV would keep the upper 8 bits, of which cameras with 12 bits use four.
         raise BadImageError(

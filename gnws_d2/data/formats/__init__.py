@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...utils.errors import UserError
+from ...utils.process import no_garbage_collection
 from . import coco, cvat, labelme, masks, unreadable, via, voc, yolo
 from .label import Label
 from .settle import Coco, Notes, describe, settle
@@ -33,6 +34,7 @@ _EXPECTED = (
 _MANY = (coco, via, cvat)  # a file for many pictures
 
 
+@no_garbage_collection()
 def read_dataset(data: str, notes: Notes | None = None, **options: Any) -> dict[str, Coco]:
     """
     Read the dataset in a directory, or that of a ``data.yaml`` or annotation file.
@@ -78,6 +80,7 @@ def root_of(data: str) -> str:
     return os.path.dirname(directory) if is_for_labels else directory
 
 
+@no_garbage_collection()
 def read_coco_files(
     files: dict[str, Sequence[str]], notes: Notes | None = None, **options: Any
 ) -> dict[str, Coco]:

@@ -10,6 +10,8 @@ import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 
+_NUMBERS = {int, float}
+
 
 @dataclass(slots=True)
 class Object:
@@ -87,6 +89,8 @@ def to_numbers(values: Any) -> list[float] | None:
     """Return a list of finite numbers, or None for anything else."""
     if not isinstance(values, (list, tuple)):
         return None
+    if _NUMBERS.issuperset(map(type, values)) and all(-1e15 < v < 1e15 for v in values):
+        return list(values)
     numbers = [to_number(value) for value in values]
     return None if None in numbers else numbers  # type: ignore[return-value]
 
