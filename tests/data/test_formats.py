@@ -1,16 +1,11 @@
-"""One hand-made dataset in each format gives the COCO file that was written by hand."""
+"""One hand-made dataset in each format and layout gives the COCO file that was written by hand."""
 
-import base64
 import json
 
-import cv2
-import numpy as np
-import pycocotools.mask as mask_util
 import pytest
 from PIL import Image
 
-from gnws_d2.data.formats import complete_coco, read_dataset
-from gnws_d2.data.formats.dataset import image_size
+from gnws_d2.data.formats import Notes, read_dataset
 from gnws_d2.utils.errors import UserError
 
 SIZES = {"a": (40, 30), "b c": (20, 50)}  # width, height
@@ -20,316 +15,301 @@ BOXES = [
     ("a", "dog", [20, 3, 8, 20]),
     ("b c", "dog", [2, 10, 12, 30]),
 ]
+CLASSES = ["cat", "dog"]
 
 
-def expected(names, masks=True):
-    """The COCO dataset, with rectangles for masks; `names` are the paths of the images."""
-    ids = {stem: i for i, stem in enumerate(names, 1)}
-    images = [
-        {"id": i, "file_name": names[s], "width": SIZES[s][0], "height": SIZES[s][1]}
-        for s, i in ids.items()
-    ]
-    annotations = []
-    for number, (stem, name, (x, y, w, h)) in enumerate(BOXES, 1):
-        annotation = {
-            "id": number, "image_id": ids[stem], "category_id": 1 + (name == "dog"), "iscrowd": 0,
-            "bbox": [x, y, w, h], "area": w * h,
-        }  # fmt: skip
-        if masks:
-            annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-        annotations.append(annotation)
-    categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
-    return {"images": images, "annotations": annotations, "categories": categories}
+def corners(x, y, w, h):
+    return [x, y, x + w, y, x + w, y + h, x, y + h]
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
 
 
 def write_images(root, directory="images", suffix="jpg"):
     (root / directory).mkdir(parents=True, exist_ok=True)
     for stem, size in SIZES.items():
         Image.new("RGB", size).save(root / directory / f"{stem}.{suffix}")
-    return {stem: f"{directory}/{stem}.{suffix}" for stem in SIZES}
 
 
-def filled(box, size):
-    mask = np.zeros(size[::-1], np.uint8)
-    x, y, w, h = box
-    mask[y : y + h, x : x + w] = 1
-    return mask
-
-
-def assert_same(actual, wanted):
-    assert actual["images"] == wanted["images"]
-    assert actual["categories"] == wanted["categories"]
-    assert len(actual["annotations"]) == len(wanted["annotations"])
-    sizes = {i["id"]: (i["height"], i["width"]) for i in wanted["images"]}
-    for a, b in zip(actual["annotations"], wanted["annotations"]):
-        assert a["bbox"] == pytest.approx(b["bbox"]) and a["area"] == pytest.approx(b["area"])
-        for key in ("id", "image_id", "category_id", "iscrowd"):
-            assert a[key] == b[key]
-        assert ("segmentation" in a) == ("segmentation" in b)
-        if "segmentation" in a:
-            size = sizes[a["image_id"]]
-            given = a["segmentation"]
-            masks = [
-                mask_util.decode(mask_util.merge(mask_util.frPyObjects(s, *size)))
-                if isinstance(s, list)
-                else mask_util.decode(s)
-                for s in (given, b["segmentation"])
-            ]
-            assert np.array_equal(*masks)
-
-
-@pytest.mark.parametrize("segments", [False, True])
-def test_yolo(tmp_path, segments):
-    names = write_images(tmp_path, "images/train") | {}
-    (tmp_path / "labels" / "train").mkdir(parents=True)
-    for stem, (width, height) in SIZES.items():
-        lines = []
-        for image, name, (x, y, w, h) in BOXES:
-            values = [(x + w / 2) / width, (y + h / 2) / height, w / width, h / height]
-            if segments:
-                corners = [(x, y), (x + w, y), (x + w, y + h), (x, y + h)]
-                values = [v for cx, cy in corners for v in (cx / width, cy / height)]
-            if image == stem:
-                lines.append(" ".join(map(str, [int(name == "dog"), *values])))
-        (tmp_path / "labels" / "train" / f"{stem}.txt").write_text("\n".join(lines) + "\n")
-    (tmp_path / "data.yaml").write_text("train: images/train\nnames: {0: cat, 1: dog}\n")
-    coco = read_dataset(str(tmp_path))
-    assert_same(coco["all"], expected(names, masks=segments))
-
-
-def test_yolo_split_as_roboflow_does_and_a_picture_without_objects(tmp_path):
-    for split, stem in (("train", "a"), ("valid", "b c")):
-        for part in ("images", "labels"):
-            (tmp_path / split / part).mkdir(parents=True)
-        Image.new("RGB", SIZES[stem]).save(tmp_path / split / "images" / f"{stem}.png")
-    (tmp_path / "train" / "labels" / "a.txt").write_text("0 0.5 0.5 0.25 0.5\n")
-    (tmp_path / "data.yaml").write_text(
-        "train: ../train/images\nval: ../valid/images\nnames: [x]\n"
-    )
-    splits = read_dataset(str(tmp_path))
-    assert list(splits) == ["train", "val"]
-    assert splits["train"]["annotations"][0]["bbox"] == [15, 7.5, 10, 15]
-    assert splits["val"]["images"][0]["file_name"] == "valid/images/b c.png"
-    assert splits["val"]["annotations"] == []
-
-
-def test_pascal_voc(tmp_path):
-    names = write_images(tmp_path, "JPEGImages")
-    (tmp_path / "Annotations").mkdir()
-    for stem, (width, height) in SIZES.items():
-        objects = "".join(
-            f"<object><name>{name}</name><difficult>0</difficult><bndbox><xmin>{x + 1}</xmin>"
-            f"<ymin>{y + 1}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax></bndbox></object>"
-            for image, name, (x, y, w, h) in BOXES
-            if image == stem
-        )
-        (tmp_path / "Annotations" / f"{stem}.xml").write_text(
-            f"<annotation><filename>{stem}.jpg</filename><size><width>{width}</width><height>"
-            f"{height}</height></size>{objects}</annotation>"
-        )
-    assert_same(read_dataset(str(tmp_path))["all"], expected(names, masks=False))
-    (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
-    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("a\n")
-    splits = read_dataset(str(tmp_path))
-    assert [len(splits[s]["images"]) for s in ("train", "val")] == [1, 1]
-
-
-@pytest.mark.parametrize("kind", ["polygon", "mask"])
-def test_labelme(tmp_path, kind):
-    names = write_images(tmp_path, "pictures")
-    for stem in SIZES:
-        shapes = []
-        for image, name, (x, y, w, h) in BOXES:
-            shape = {"label": name, "shape_type": kind, "group_id": None}
-            shape["points"] = [[x, y], [x + w, y], [x + w, y + h], [x, y + h]]
-            if kind == "mask":
-                _, png = cv2.imencode(".png", np.full((h, w), 255, np.uint8))
-                shape |= {"points": [[x, y], [x + w, y + h]]}
-                shape["mask"] = base64.b64encode(png.tobytes()).decode()
-            if image == stem:
-                shapes.append(shape)
-        content = {"shapes": shapes, "imagePath": f"..\\pictures\\{stem}.jpg", "imageData": None}
-        (tmp_path / "labels").mkdir(exist_ok=True)
-        (tmp_path / "labels" / f"{stem}.json").write_text(json.dumps(content))
-    assert_same(read_dataset(str(tmp_path))["all"], expected(names))
-
-
-def test_parts_of_a_group_of_labelme_are_one_object(tmp_path):
-    write_images(tmp_path, ".")
-    square = [[0, 0], [4, 0], [4, 4], [0, 4]]
-    shapes = [
-        {"label": "x", "shape_type": "polygon", "group_id": 1, "points": square},
-        {"label": "x", "shape_type": "rectangle", "group_id": 1, "points": [[10, 10], [14, 14]]},
-        {"label": "x", "shape_type": "circle", "group_id": None, "points": [[20, 15], [20, 20]]},
+def coco(file_name="{}.jpg", stems=tuple(SIZES), masks=True):
+    """The COCO dataset of some of the images."""
+    images = [
+        {"id": i, "file_name": file_name.format(s), "width": SIZES[s][0], "height": SIZES[s][1]}
+        for i, s in enumerate(SIZES, 1)
+        if s in stems
     ]
-    (tmp_path / "a.json").write_text(json.dumps({"shapes": shapes, "imagePath": "a.jpg"}))
-    first, second = read_dataset(str(tmp_path))["all"]["annotations"]
-    assert first["bbox"] == [0, 0, 14, 14] and first["area"] == 32
-    assert second["area"] == pytest.approx(np.pi * 25, rel=0.05)
+    annotations = []
+    for number, (stem, name, box) in enumerate(BOXES, 1):
+        if stem in stems:
+            annotation = {
+                "id": number, "image_id": list(SIZES).index(stem) + 1, "bbox": box, "iscrowd": 0,
+                "category_id": CLASSES.index(name) + 1, "area": box[2] * box[3],
+            }  # fmt: skip
+            annotations.append({**annotation, "segmentation": [corners(*box)] * masks})
+    categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def one_class(coco):
-    for annotation in coco["annotations"]:
-        annotation["category_id"] = 1
-    return coco | {"categories": [{"id": 1, "name": "object"}]}
-
-
-@pytest.mark.parametrize("layout", ["numbers", "colors", "directories", "names", "per image"])
-def test_masks(tmp_path, layout):
-    names = write_images(tmp_path)
-    if layout == "per image":
-        names = {}
-        for stem, size in SIZES.items():
-            (tmp_path / stem / "images").mkdir(parents=True)
-            names[stem] = f"{stem}/images/{stem}.jpg"
-            Image.new("RGB", size).save(tmp_path / names[stem])
-        for path in (tmp_path / "images").iterdir():
-            path.unlink()
-    for stem, size in SIZES.items():
-        boxes = [box for image, _, box in BOXES if image == stem]
-        one = np.zeros(size[::-1], np.uint16)
-        for i, box in enumerate(boxes, 1):
-            mask = filled(box, size)
-            one[mask > 0] = i * 300
-            path = {
-                "directories": tmp_path / "masks" / stem / f"{i}.png",
-                "names": tmp_path / "masks" / f"{stem}_{i}.png",
-                "per image": tmp_path / stem / "masks" / f"{i}x.png",
-            }.get(layout)
-            if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(mask * 255).save(path)
-        (tmp_path / "masks").mkdir(exist_ok=True)
-        if layout == "numbers":
-            cv2.imwrite(str(tmp_path / "masks" / f"{stem}.png"), one)
-        elif layout == "colors":
-            colors = np.stack([one // 300 * 90, one // 300 * 20, one * 0], axis=2)
-            cv2.imwrite(str(tmp_path / "masks" / f"{stem}.png"), colors.astype(np.uint8))
-    assert_same(read_dataset(str(tmp_path))["all"], one_class(expected(names)))
-
-
-@pytest.mark.parametrize("layout", ["roboflow", "cvat", "fiftyone"])
-def test_coco_as_exported(tmp_path, layout):
-    if layout == "roboflow":
-        for split in ("train", "valid"):
-            names = write_images(tmp_path, split)
-            coco = expected({stem: f"{stem}.jpg" for stem in names})
-            (tmp_path / split / "_annotations.coco.json").write_text(json.dumps(coco))
-        splits = read_dataset(str(tmp_path))
-        assert_same(splits["train"], expected({s: f"train/{s}.jpg" for s in SIZES}))
-        assert_same(splits["val"], expected({s: f"valid/{s}.jpg" for s in SIZES}))
-        return
-    directory, json_file = {
-        "cvat": ("images", "annotations/instances_default.json"),
-        "fiftyone": ("data", "labels.json"),
-    }[layout]
-    names = write_images(tmp_path, directory)
-    coco = expected({stem: f"{stem}.jpg" for stem in names})
-    for annotation in coco["annotations"]:
-        del annotation["iscrowd"], annotation["area"]
-    (tmp_path / json_file).parent.mkdir(exist_ok=True)
-    (tmp_path / json_file).write_text(json.dumps(coco))
-    assert_same(read_dataset(str(tmp_path))["all"], expected(names))
-
-
-def test_missing_box_area_and_iscrowd_are_computed():
-    image = {"id": 1, "width": 40, "height": 30}
-    segmentation = [[4, 6, 14, 6, 14, 18, 4, 18]]
-    coco = complete_coco(
-        {"images": [image], "annotations": [{"image_id": 1, "segmentation": segmentation}]}
+def objects_of(dataset):
+    """(stem of the image, class, box, outline) of each object, in a form that can be compared."""
+    names = {c["id"]: c["name"] for c in dataset["categories"]}
+    images = {i["id"]: i for i in dataset["images"]}
+    for image in images.values():
+        assert SIZES[stem_of(image)] == (image["width"], image["height"])
+    return sorted(
+        (
+            stem_of(images[a["image_id"]]),
+            names[a["category_id"]],
+            [round(v, 3) for v in a["bbox"]],
+            [[round(v, 3) for v in p] for p in a.get("segmentation", [])],
+            a["iscrowd"],
+        )
+        for a in dataset["annotations"]
     )
-    (annotation,) = coco["annotations"]
-    assert annotation["bbox"] == [4, 6, 10, 12]
-    assert annotation["area"] == 120 and annotation["iscrowd"] == 0
 
 
-def test_size_of_a_turned_image_is_that_of_what_is_seen(tmp_path):
-    image = Image.new("RGB", (40, 30))
-    exif = image.getexif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "a.jpg", exif=exif)
-    assert image_size(str(tmp_path / "a.jpg")) == (30, 40)
-    assert cv2.imread(str(tmp_path / "a.jpg")).shape[:2] == (40, 30)
+def stem_of(image):
+    return image["file_name"].rpartition("/")[2].rpartition(".")[0]
 
 
-def tree(root, files):
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, tuple):
-            Image.new("L", content).save(path)
-        else:
-            path.write_text(content)
+def expected(masks=False, stems=tuple(SIZES)):
+    return [
+        (stem, name, box, [corners(*box)] if masks else [], 0)
+        for stem, name, box in BOXES
+        if stem in stems
+    ]
 
 
-COCO = json.dumps(
-    {
-        "images": [{"id": 1, "file_name": "a.png", "width": 8, "height": 8}],
-        "categories": [{"id": 1, "name": "x"}],
-        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 4, 4]}],
-    }
-)
-SHAPES = '{"shapes": [%s], "imagePath": "a.png"}'
+def yolo_lines(stem, polygons=False, separator=" ", end=""):
+    width, height = SIZES[stem]
+    lines = []
+    for image, name, (x, y, w, h) in BOXES:
+        values = [(x + w / 2) / width, (y + h / 2) / height, w / width, h / height]
+        if polygons:
+            points = corners(x, y, w, h)
+            values = [v / (height if i % 2 else width) for i, v in enumerate(points)]
+        if image == stem:
+            lines.append(separator.join(map(str, [CLASSES.index(name), *values])) + end)
+    return "\n".join(lines) + "\n"
+
+
+def write_yolo(root, images="images", labels="labels", names="names: [cat, dog]\n", **kwargs):
+    write_images(root, images)
+    for stem in SIZES:
+        write(root / labels / f"{stem}.txt", yolo_lines(stem, **kwargs))
+    if names:
+        write(root / "data.yaml", names)
+
+
+def voc_xml(stem, objects=BOXES, difficult="0"):
+    text = ""
+    for image, name, (x, y, w, h) in objects:
+        box = f"<xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax>"
+        if image == stem:
+            text += f"<object><name>{name}</name><difficult>{difficult}</difficult>"
+            text += f"<bndbox>{box}</bndbox></object>"
+    return f"<annotation><filename>{stem}.jpg</filename>{text}</annotation>"
+
+
+@pytest.mark.parametrize("name", ["train/_annotations.coco.json", "annotations/instances.json"])
+def test_coco_with_the_images_anywhere(tmp_path, name):
+    write_images(tmp_path, "train")
+    write(tmp_path / name, coco())
+    splits = read_dataset(str(tmp_path))
+    assert objects_of(splits["all"]) == expected(masks=True)
+    assert splits["all"]["images"][0]["file_name"] == "train/a.jpg"
+
+
+def test_coco_as_downloaded(tmp_path):
+    """Captions, keypoints, panoptic segments and image_info lie beside the instances."""
+    for split, stem in (("train", "a"), ("val", "b c")):
+        write_images(tmp_path, f"{split}2017")
+        instances, annotations = coco(stems=[stem]), tmp_path / "annotations"
+        write(annotations / f"instances_{split}2017.json", instances)
+        keypoints = [{**c, "keypoints": ["nose"]} for c in instances["categories"]]
+        people = {**instances, "categories": keypoints}
+        write(annotations / f"person_keypoints_{split}2017.json", people)
+        captions = {**instances, "annotations": [{"id": 1, "image_id": 1, "caption": "a"}]}
+        write(annotations / f"captions_{split}2017.json", captions)
+        panoptic = {**instances, "annotations": [{"image_id": 1, "segments_info": []}]}
+        write(annotations / f"panoptic_{split}2017.json", panoptic)
+        write(annotations / "image_info_test2017.json", {"images": instances["images"]})
+    splits = read_dataset(str(tmp_path))
+    assert objects_of(splits["train"]) == expected(True, ["a"])
+    assert objects_of(splits["val"]) == expected(True, ["b c"])
+    assert splits["val"]["images"][0]["file_name"] == "val2017/b c.jpg"
+
+
+def test_coco_files_of_one_split_are_joined_and_one_without_a_split_is_train(tmp_path):
+    write_images(tmp_path)
+    write(tmp_path / "first.json", coco(stems=["a"]))
+    write(tmp_path / "second.json", coco(stems=["b c"]))
+    assert objects_of(read_dataset(str(tmp_path))["all"]) == expected(True)
+    (tmp_path / "second.json").rename(tmp_path / "val.json")
+    splits = read_dataset(str(tmp_path))
+    assert objects_of(splits["train"]) == expected(True, ["a"])
+    assert objects_of(splits["val"]) == expected(True, ["b c"])
 
 
 @pytest.mark.parametrize(
-    "files, message",
+    "names",
     [
-        ({}, r"holds no files, and none of COCO JSON"),
-        ({"a.png": (8, 8)}, r"holds 1 files \(.png\), and none of COCO JSON"),
-        ({"notes.docx": "", "x.csv": ""}, r"holds 2 files \(.csv, .docx\)"),
-        (
-            {"labels.json": COCO, "a.png": (8, 8), "a.json": SHAPES % ""},
-            r"holds COCO \(labels.json\) and labelme \(a.json\): leave one",
-        ),
-        ({"one.json": COCO, "two.json": COCO, "a.png": (8, 8)}, "annotation files one.json, two"),
-        ({"labels.json": COCO}, "labels.json names a.png, but there is no such image"),
-        ({"l.json": COCO, "x/a.png": (8, 8), "y/a.png": (8, 8)}, "2 files called that"),
-        (
-            {"labels/a.txt": "0 .5 .5 .1 .1", "data.yaml": "names: [x]", "images/b.png": (8, 8)},
-            "labels/a.txt has no image",
-        ),
-        ({"labels/a.txt": "0 .5 .5 .1 .1", "images/a.png": (8, 8)}, "no data.yaml with the"),
-        (
-            {"labels/a.txt": "7 .5 .5 .1 .1", "data.yaml": "names: [x]", "images/a.png": (8, 8)},
-            "labels/a.txt, line 1: '7 .5 .5 .1 .1' is not the number of a class",
-        ),
-        (
-            {"labels/a.txt": "0 .5 .5", "data.yaml": "names: [x]", "images/a.png": (8, 8)},
-            r"line 1: 2 coordinates are neither a box \(4\) nor a polygon",
-        ),
-        ({"a.xml": "<annotation>"}, "a.xml has no image"),
-        ({"a.xml": "<annotation>", "a.png": (8, 8)}, "a.xml is not a Pascal VOC annotation"),
-        ({"a.json": SHAPES % ""}, "a.json has no image: a.png is not in"),
-        (
-            {
-                "a.json": SHAPES % '{"label": "x", "shape_type": "line", "points": [[0, 0]]}',
-                "a.png": (8, 8),
-            },
-            "a.json: a shape of 'x' cannot be used: line is not a region",
-        ),
-        ({"images/a.png": (8, 8), "masks/a.png": (9, 8)}, "masks/a.png is of 9x8, but .* 8x8"),
-        (
-            {"images/a.png": (8, 8), "images/b.png": (8, 8), "masks/a.png": (8, 8)},
-            "images/b.png has no mask",
-        ),
-        (
-            {"images/a.png": (8, 8), "masks/a.png": (8, 8), "masks/c.png": (8, 8)},
-            "masks/c.png is the mask of no image",
-        ),
-        (
-            {"val/l.json": COCO, "test/l.json": COCO, "val/a.png": (8, 8), "test/a.png": (8, 8)},
-            "has the splits test, val: one of them has to be train",
-        ),
-        ({"images/a.png": "", "masks/a.png": (8, 8)}, "images/a.png is damaged or not an image"),
+        "names: [cat, dog]\nnc: 2\n",
+        "names: {0: cat, 1: dog}\n",
+        "names: {'0': cat, '1': dog}\n",
+        "names: {cat: 0, dog: 1}\n",
+        "\ufeffnames:\n- cat\n- dog\n",
     ],
 )
-def test_mistake_is_told_in_one_sentence(tmp_path, files, message):
-    tree(tmp_path, files)
+def test_yolo_with_names_as_people_write_them(tmp_path, names):
+    write_yolo(tmp_path, names=names)
+    assert objects_of(read_dataset(str(tmp_path))["all"]) == expected()
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"labels": "images"},
+        {"images": "Images", "labels": "Labels"},
+        {"images": "train/images", "labels": "train/labels"},
+        {"images": "img", "labels": "img"},
+        {"separator": ","},
+        {"end": " 0.9"},  # a confidence
+        {"names": "kpt_shape: [2, 2]\nnames: [cat, dog]\n", "end": " .1 .2 .3 .4"},
+    ],
+)
+def test_yolo_with_labels_as_people_keep_them(tmp_path, variant):
+    write_yolo(tmp_path, **variant)
+    assert objects_of(read_dataset(str(tmp_path))["all"]) == expected()
+
+
+def test_yolo_polygons_are_masks(tmp_path):
+    write_yolo(tmp_path, polygons=True)
+    assert objects_of(read_dataset(str(tmp_path))["all"]) == expected(masks=True)
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "labels/classes.txt", "obj.names"])
+def test_yolo_with_names_in_a_text_file(tmp_path, name):
+    write_yolo(tmp_path, names=None)
+    write(tmp_path / name, "cat\ndog\n")
+    write(tmp_path / "labels" / "README.txt", "made with a tool\n")
+    assert objects_of(read_dataset(str(tmp_path))["all"]) == expected()
+
+
+def test_yolo_as_cvat_exports_it(tmp_path):
+    write_yolo(tmp_path, images="obj_train_data", labels="obj_train_data", names=None)
+    write(tmp_path / "obj.names", "cat\ndog\n")
+    write(tmp_path / "obj.data", "classes = 2\ntrain = data/train.txt\nvalid = data/valid.txt\n")
+    write(tmp_path / "train.txt", "data/obj_train_data/a.jpg\n")
+    write(tmp_path / "valid.txt", "data/obj_train_data/b c.jpg\n")
+    splits = read_dataset(str(tmp_path))
+    assert objects_of(splits["train"]) == expected(stems=["a"])
+    assert objects_of(splits["val"]) == expected(stems=["b c"])
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ("2 .5 .5 .2 .2", "not of a known class"),
+        ("-1 .5 .5 .2 .2", "not of a known class"),
+        ("0.7 .5 .5 .2 .2", "not of a known class"),
+        ("nan .5 .5 .2 .2", "not a number"),
+        ("0 inf .5 .2 .2", "not a number"),
+        ("0 .5 .5 -.2 .2", "not from 0 to 1"),
+        ("0 30 20 10 12", "not from 0 to 1"),
+        ("0 .1 .2 .3 .4 .5 .6 .7", "neither a box .* nor a polygon"),
+    ],
+)
+def test_yolo_line_that_cannot_be_used_is_named(tmp_path, line, reason):
+    write_yolo(tmp_path)
+    with open(tmp_path / "labels" / "a.txt", "a") as f:
+        f.write(f"{line}\n")
+    where = f"{tmp_path / 'labels' / 'a.txt'}, line 3: "
+    with pytest.raises(UserError, match=f"{where}.*{reason}.* 1 of 4 objects cannot be used"):
+        read_dataset(str(tmp_path))
+    notes = Notes()
+    assert objects_of(read_dataset(str(tmp_path), notes, keep_going=True)["all"]) == expected()
+    (left_out,) = notes.left_out.values()
+    assert left_out[0].startswith(where)
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (None, "no names of their classes"),
+        ("nc: 2\n", "no names of their classes"),
+        ("nc: 3\nnames: [cat, dog]\n", "nc is 3, but 'names' has 2"),
+        ("names: [cat, cat]\n", "two classes in 'names' are called 'cat'"),
+        ("names: [cat, null]\n", "is not the name of a class"),
+        ("names: 2\n", "not a list"),
+        ("names:\n\t- cat\n", "not valid YAML"),
+    ],
+)
+def test_yolo_names_that_cannot_be_used_are_one_sentence(tmp_path, names, message):
+    write_yolo(tmp_path, names=names)
     with pytest.raises(UserError, match=message):
         read_dataset(str(tmp_path))
 
 
-def test_directory_that_is_not_there():
-    with pytest.raises(UserError, match="--data gone: there is no such directory"):
-        read_dataset("gone")
+def test_pascal_voc_counts_pixels_from_1(tmp_path):
+    write_images(tmp_path, "JPEGImages")
+    for stem in SIZES:
+        write(tmp_path / "Annotations" / f"{stem}.xml", voc_xml(stem))
+    assert objects_of(read_dataset(str(tmp_path))["all"]) == expected()
+
+
+def test_pascal_voc_polygons_are_masks_and_difficult_objects_are_crowds(tmp_path):
+    write_images(tmp_path, ".")
+    x, y, w, h = BOXES[0][2]
+    points = enumerate(corners(x, y, w, h))
+    polygon = "".join(
+        f"<{'xy'[i % 2]}{i // 2 + 1}>{v}</{'xy'[i % 2]}{i // 2 + 1}>" for i, v in points
+    )
+    for difficult, crowd in (("0", 0), ("Unspecified", 0), ("1", 1), ("true", 1)):
+        xml = voc_xml("a", [BOXES[0], BOXES[0]], "0")
+        xml = xml.replace("<bndbox>", f"<polygon>{polygon}</polygon><bndbox>")
+        xml = xml.replace("<difficult>0", f"<difficult>{difficult}", 1)
+        write(tmp_path / "a.xml", xml)
+        objects = objects_of(read_dataset(str(tmp_path))["all"])
+        assert sorted(o[4] for o in objects) == [0, crowd]
+        assert all(o[3] == [corners(x, y, w, h)] for o in objects)
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("labels/a.txt", "Car 0.00 0 -1.58 1 2 3 4 1.5 1.6 1.7 1.8 1.9 20.1 -1.5\n", "KITTI"),
+        ("labels/a.txt", "1 2 3 4 5 6 7 8 plane 0\n", "DOTA labels with rotated boxes"),
+        ("a.tfrecord", "x", "TFRecord"),
+        ("a.parquet", "x", "Parquet"),
+        ("data.zip", "x", "archives .* unpack them"),
+        ("a.json", [{"id": 1, "data": {}, "annotations": []}], "Label Studio's own JSON"),
+        ("ann/a.jpg.json", {"size": {}, "objects": []}, "Supervisely's own JSON"),
+        ("a.xml", "<annotations><track id='0'/></annotations>", "CVAT for video: export it as"),
+    ],
+)
+def test_known_format_that_cannot_be_read_is_named(tmp_path, file, content, message):
+    write_images(tmp_path)
+    write(tmp_path / file, content)
+    with pytest.raises(UserError, match=message):
+        read_dataset(str(tmp_path))
+
+
+def test_two_formats_in_one_directory_are_an_error_that_names_both(tmp_path):
+    write_images(tmp_path)
+    write(tmp_path / "a.json", coco())
+    write(tmp_path / "images" / "a.xml", voc_xml("a"))
+    with pytest.raises(UserError, match=r"holds COCO \(a.json\) and Pascal VOC \(images/a.xml\)"):
+        read_dataset(str(tmp_path))
+
+
+def test_nothing_to_read_says_what_is_there(tmp_path):
+    with pytest.raises(UserError, match="holds no files, and none of COCO"):
+        read_dataset(str(tmp_path))
+    write_images(tmp_path)
+    with pytest.raises(UserError, match=r"holds 2 files \(.jpg\), and none of COCO"):
+        read_dataset(str(tmp_path))
+    with pytest.raises(UserError, match="there is no such directory"):
+        read_dataset(str(tmp_path / "gone"))

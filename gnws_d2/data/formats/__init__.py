@@ -65,7 +65,7 @@ def read_dataset(data: str, notes: Notes | None = None, **options: Any) -> dict[
         for label in labels:
             label.split = split_of_name(label.file)
     labels = assign_splits(tree, labels)
-    if format in _MANY and any(label.split == "train" for label in labels):
+    if format in _MANY and any(label.split != "all" for label in labels):
         for label in labels:  # of a file without a split, among files with one
             label.split = "train" if label.split == "all" else label.split
     return _join_splits(tree, settle(labels, tree.classes, notes, **options))

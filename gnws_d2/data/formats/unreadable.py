@@ -8,7 +8,6 @@ from .tree import Tree
 _TEXTS = {
     "KITTI labels": r"\w+ -?[\d.]+ -?\d -?[\d.]+( -?[\d.]+){11,12}",
     "DOTA labels with rotated boxes": r"(imagesource:.*|gsd:.*|(-?[\d.]+ ){8}[\w-]+ \d)",
-    "YOLO labels without pictures of the same names": r"\d+( -?[\d.]+){4,}",
 }
 _SUFFIXES = {
     "TFRecord files": (".tfrecord", ".record", ".tfrecords"),

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from ...utils.errors import UserError
+from . import unreadable
 from .label import to_number
 from .tree import Tree, read_text
 
@@ -32,6 +33,7 @@ def read_classes(tree: Tree) -> dict[str, int]:
             lines = (line.strip() for line in read_text(tree.path(file)).splitlines())
             found[file] = {name: i for i, name in enumerate(filter(None, lines), 1)}
     if not found:
+        unreadable.explain(tree)
         raise UserError(
             f"--data {tree.root} has YOLO labels, but no names of their classes: add a data.yaml "
             "with 'names: [first, second]', or a classes.txt with a name in each line."
