@@ -1,39 +1,10 @@
-"""Prepare the splits of a dataset: the same classes in both, and a validation split."""
+"""Set apart images for validation."""
 
 import itertools
-import logging
 import random
-from collections import Counter
 from typing import Any
 
 Coco = dict[str, Any]
-
-
-def unify_classes(splits: dict[str, Coco]) -> None:
-    """
-    Give the same classes, by name, the same ids in all splits, and leave out those without objects,
-    such as Roboflow's parent class. In place; the ids of the first split stay.
-    """
-    used: Counter[Any] = Counter()
-    for coco in splits.values():
-        names = {c.get("id"): c.get("name") for c in coco["categories"]}
-        used.update(names.get(a.get("category_id")) for a in coco["annotations"])
-    ids: dict[str, Any] = {}
-    for coco in splits.values():
-        for category in coco["categories"]:
-            name = category.get("name")
-            if used[name]:
-                new = category.get("id") if category.get("id") not in ids.values() else None
-                ids.setdefault(name, max(ids.values(), default=0) + 1 if new is None else new)
-            elif name not in ids:
-                logging.getLogger(__name__).info(f"The class {name} has no objects: left out.")
-    for coco in splits.values():
-        names = {c.get("id"): c.get("name") for c in coco["categories"]}
-        for annotation in coco["annotations"]:
-            name = names.get(annotation.get("category_id"))
-            if name in ids:
-                annotation["category_id"] = ids[name]
-        coco["categories"] = [{"id": id, "name": name} for name, id in ids.items()]
 
 
 def split_dataset(coco: Coco, fraction: float = 0.2, seed: int = 0) -> dict[str, Coco]:

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from gnws_d2.data.formats import Notes, read_dataset
+from gnws_d2.data.formats import Notes, read_coco_files, read_dataset
 from gnws_d2.utils.errors import UserError
 
 SIZES = {"a": (40, 30), "b c": (20, 50)}  # width, height
@@ -151,6 +151,24 @@ def test_coco_files_of_one_split_are_joined_and_one_without_a_split_is_train(tmp
     splits = read_dataset(str(tmp_path))
     assert objects_of(splits["train"]) == expected(True, ["a"])
     assert objects_of(splits["val"]) == expected(True, ["b c"])
+
+
+def test_classes_of_two_files_are_the_same_by_name_without_those_that_have_no_objects(tmp_path):
+    """Roboflow's exports have a parent class of id 0 without objects."""
+    write_images(tmp_path)
+    parts = {"train": coco(stems=["a"]), "val": coco(stems=["b c"])}
+    parts["train"]["categories"] = [{"id": i, "name": n} for i, n in enumerate(["pet", *CLASSES])]
+    parts["val"]["categories"] = [{"id": 2, "name": "bird"}, {"id": 7, "name": "dog"}]
+    bird, dog = parts["val"]["annotations"][0], {**parts["val"]["annotations"][0], "id": 9}
+    parts["val"]["annotations"] = [bird, {**dog, "category_id": 7}]
+    files = {split: (str(tmp_path / split), str(tmp_path / "images")) for split in parts}
+    for split, content in parts.items():
+        write(tmp_path / split, content)
+    splits = read_coco_files(files)
+    categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 3, "name": "bird"}]
+    assert splits["train"]["categories"] == splits["val"]["categories"] == categories
+    assert objects_of(splits["train"]) == expected(True, ["a"])
+    assert [a["category_id"] for a in splits["val"]["annotations"]] == [3, 2]
 
 
 @pytest.mark.parametrize(

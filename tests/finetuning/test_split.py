@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from gnws_d2.finetuning.split import split_dataset, unify_classes
+from gnws_d2.finetuning.split import split_dataset
 
 
 def make_coco(classes_of_images, names=("a", "b", "c")):
@@ -45,28 +45,6 @@ def test_smallest_splits():
     assert [len(s["images"]) for s in split_dataset(make_coco([[0], [0]])).values()] == [1, 1]
     with pytest.raises(ValueError, match="one image"):
         split_dataset(make_coco([[0]]))
-
-
-def test_classes_are_the_same_by_name_and_those_without_objects_are_left_out(caplog):
-    """Roboflow's exports have a parent class of id 0 without objects."""
-    train = make_coco([[1], [2]], names=("fruit", "fig", "date"))
-    val = make_coco([[0], [1]], names=("date", "fig"))
-    unify_classes({"train": train, "val": val})
-    expected = [{"id": 1, "name": "fig"}, {"id": 2, "name": "date"}]
-    assert train["categories"] == val["categories"] == expected
-    assert [a["category_id"] for a in train["annotations"]] == [1, 2]
-    assert [a["category_id"] for a in val["annotations"]] == [2, 1]
-
-
-def test_class_of_the_second_split_alone_gets_a_new_id():
-    train = make_coco([[0]], names=("fig",))
-    val = make_coco([[0], [1]], names=("kiwi", "fig"))
-    unify_classes({"train": train, "val": val})
-    assert [c["name"] for c in train["categories"]] == ["fig", "kiwi"]
-    assert len({c["id"] for c in train["categories"]}) == 2
-    assert [a["category_id"] for a in val["annotations"]] == [
-        train["categories"][1]["id"], train["categories"][0]["id"],
-    ]  # fmt: skip
 
 
 def test_time_is_linear_in_the_number_of_images():
