@@ -1,12 +1,13 @@
 """CVAT for images 1.1: one XML file for many pictures."""
 
 from collections.abc import Iterator
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 
 from ...utils.errors import UserError
-from .label import Label, Object, box_of, ellipse, encode_mask, to_number, to_numbers
+from .label import Label, Object, box_of, ellipse, paste, to_number, to_numbers
 from .tree import Tree
 
 _REGIONS = ("box", "polygon", "mask", "ellipse")
@@ -26,16 +27,20 @@ def parse(tree: Tree, file: str) -> Iterator[Label]:
         raise UserError(f"{tree.path(file)} is not valid XML: {e}.") from e
     if root.find("track") is not None:
         raise UserError(f"{tree.path(file)} is CVAT for video: export it as CVAT for images 1.1.")
-    for image in root.iter("image"):
+    for index, image in enumerate(root.iter("image"), 1):
         name, size = image.get("name", ""), (image.get("width"), image.get("height"))
+        if not name:
+            raise UserError(f"{tree.path(file)}: picture {index} has no name.")
         label = Label(file, name, (), size)
         for number, item in enumerate((i for i in image if i.tag in _REGIONS + _OTHERS), 1):
             where = f"{tree.path(file)}, {name}, {item.tag} {number}"
             object = Object(where, item.get("label", ""))
             try:
                 _read_shape(object, item, size)
-            except (TypeError, ValueError) as e:
+            except ValueError as e:
                 object.fault = f"it cannot be used: {e}"
+            if not object.name:
+                object.fault = "it has no label"
             label.objects.append(object)
         yield label
 
@@ -47,7 +52,7 @@ def _read_shape(object: Object, item: ElementTree.Element, size: tuple) -> None:
         points = to_numbers(item.get("points", "").replace(";", ",").split(","))
         object.segmentation = [points] if points else None
     elif item.tag == "mask":
-        object.segmentation = encode_mask(_read_mask(item, int(size[1]), int(size[0])))
+        object.segmentation = _read_mask(item, size)
     elif item.tag == "ellipse":
         values = to_numbers([item.get(key) for key in ("cx", "cy", "rx", "ry")])
         if values:
@@ -70,11 +75,11 @@ def _turn(box: list[float], degrees: float) -> list[float]:
     return (corners + (x + w / 2, y + h / 2)).ravel().tolist()
 
 
-def _read_mask(item: ElementTree.Element, height: int, width: int) -> np.ndarray:
+def _read_mask(item: ElementTree.Element, size: tuple) -> dict[str, Any]:
     """Decode an RLE by rows of a box: the lengths of runs of 0 and 1 in turns."""
-    left, top, w, h = (int(item.get(key, "")) for key in ("left", "top", "width", "height"))
-    runs = [int(run) for run in item.get("rle", "").split(",")]
-    flat = np.repeat(np.arange(len(runs)) % 2, runs).astype(np.uint8)
-    full = np.zeros((height, width), np.uint8)
-    full[top : top + h, left : left + w] = flat.reshape(h, w)
-    return full
+    box = to_numbers([item.get(key) for key in ("left", "top", "width", "height")])
+    runs = to_numbers(item.get("rle", "").split(","))
+    if not box or not runs or min(*runs, *box[2:]) < 0 or not sum(runs) == box[2] * box[3] < 2**31:
+        raise ValueError("its RLE does not fill its box")
+    flat = np.repeat(np.arange(len(runs)) % 2, np.array(runs, int))
+    return paste(flat.reshape(int(box[3]), int(box[2])), box[0], box[1], size)

@@ -9,6 +9,9 @@ from typing import Any
 import cv2
 import numpy as np
 import pycocotools.mask as mask_util
+from PIL import Image
+
+IGNORED = "__ignore__"  # the name of a region with objects of all classes, labelme's
 
 _NUMBERS = {int, float}
 
@@ -108,6 +111,8 @@ def box_of(x1: float, y1: float, x2: float, y2: float) -> list[float]:
 
 def ellipse(center: Sequence[float], rx: float, ry: float, angle: float = 0) -> list[float]:
     """Return a polygon of 32 points for an ellipse that is turned by `angle` radians."""
+    if not min(rx, ry) > 0:
+        raise ValueError("its radius is not positive")
     angles = np.linspace(0, 2 * np.pi, 32, endpoint=False)
     points = np.stack([rx * np.cos(angles), ry * np.sin(angles)])
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
@@ -118,6 +123,21 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     """Return the RLE of a mask, (H, W)."""
     rle = mask_util.encode(np.asfortranarray(mask, np.uint8))
     return {"size": rle["size"], "counts": rle["counts"].decode()}
+
+
+def paste(part: np.ndarray, x: float, y: float, size: Sequence[Any]) -> dict[str, Any]:
+    """Return the RLE of a mask at x, y of a picture with width and height; the rest is cut off."""
+    width, height = (int(to_number(v) or 0) for v in size)
+    x, y = int(x), int(y)
+    if not 0 < width * height <= (Image.MAX_IMAGE_PIXELS or math.inf) or min(width, height) < 0:
+        raise ValueError("its label does not have the size of the picture")
+    full = np.zeros((height, width), np.uint8)
+    x1, y1, x2, y2 = max(x, 0), max(y, 0), x + part.shape[1], y + part.shape[0]
+    if x2 > x1 and y2 > y1:
+        inside = part[y1 - y :, x1 - x :]
+        target = full[y1:y2, x1:x2]
+        target[:] = inside[: target.shape[0], : target.shape[1]]
+    return encode_mask(full)
 
 
 def encode_parts(mask: np.ndarray) -> list[dict[str, Any]]:

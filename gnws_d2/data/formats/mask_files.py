@@ -66,6 +66,7 @@ def _decode(path: str, colors: bool = False) -> np.ndarray:
     if values.dtype == bool:
         return values.astype(np.uint8)
     if values.ndim == 3 and not colors:
+        values = values[:, :, :1] if values.shape[2] == 2 else values  # palette with alpha
         if (values == values[:, :, :1]).all():
             return values[:, :, 0]
         return values.astype(np.int64) @ [1, 256, 65536]
@@ -90,7 +91,8 @@ def read_values(path: str) -> Values:
     bright = int(counts[max(highest - _NEAR, 1) :].sum())
     is_two_valued = not highest or (highest >= 128 and int(between.sum()) < 0.5 * bright)
     is_jpeg = path.lower().endswith((".jpg", ".jpeg"))
-    is_blurred = is_jpeg or (is_two_valued and int((between > 0).sum()) > 3)
+    # Smoothing makes values between the two, or close below the highest.
+    is_blurred = is_jpeg or (is_two_valued and int((counts[_NEAR:highest] > 0).sum()) > 3)
     numbers = tuple((counts[1:].nonzero()[0] + 1).tolist())
     return Values(numbers, is_blurred, is_two_valued or (highest < 128 and not is_jpeg), size)
 

@@ -13,7 +13,7 @@ from PIL import Image
 from ...utils.errors import UserError
 from ..check import find_rle_error
 from ..dataset_mapper import BadImageError, read_image
-from .label import Label, Object, corners_of, encode_mask, to_number, to_numbers, to_rle
+from .label import IGNORED, Label, Object, corners_of, encode_mask, to_number, to_numbers, to_rle
 from .tree import map_files
 
 Coco = dict[str, Any]
@@ -164,7 +164,7 @@ def _turn(object: Object, size: tuple[int, int, int]) -> None:
         polygons = [to_numbers(polygon) or [] for polygon in object.segmentation]
         pairs = [zip(polygon[::2], polygon[1::2]) for polygon in polygons]
         object.segmentation = [[v for x, y in own for v in turn(x, y)] for own in pairs]
-    elif object.segmentation:
+    elif object.segmentation and not find_rle_error(object.segmentation, height, width):
         mask = mask_util.decode(to_rle(object.segmentation, width, height)).T
         mask = mask[:, ::-1] if orientation in (6, 7) else mask
         object.segmentation = encode_mask(mask[::-1] if orientation in (7, 8) else mask)
@@ -183,7 +183,11 @@ def _settle_object(object: Object, width: int, height: int) -> None:
         object.segmentation = object.segmentation and [
             (np.reshape(p, (-1, 2)) * scale[:2]).ravel().tolist() for p in object.segmentation
         ]
-    outline = _settle_segmentation(object, width, height)
+    outline, size = _settle_segmentation(object, width, height), (width, height)
+    if outline is None:
+        unusable = "outline that cannot be used, in place of which the box is"
+        object.repairs += (unusable,) * bool(object.segmentation)
+        object.segmentation = None
     if outline is not None:
         near = object.box and np.abs(np.subtract(object.box, outline)).max()
         if near is None or near > max(2, 0.1 * max(outline[2:])):
@@ -203,13 +207,20 @@ def _settle_object(object: Object, width: int, height: int) -> None:
         or object.box[1] + object.box[3] <= 0
     ):
         object.fault = f"its box is outside of the picture: {_short(object.box)}"
+    elif any(a < -s or a + b > 2 * s for a, b, s in zip(object.box, object.box[2:], size)):
+        object.fault = f"it reaches far outside of the picture: {_short(object.box)}"
     elif isinstance(given, (list, tuple)) and any(isinstance(v, str) for v in given):
         object.repairs += ("number that was a string",)
+    area = to_number(object.area)
+    if not area or area <= 0:
+        object.area = None
+        if object.segmentation and not object.fault:
+            object.area = float(mask_util.area(to_rle(object.segmentation, height, width)))
 
 
 def _settle_segmentation(object: Object, width: int, height: int) -> list[float] | None:
     """Keep polygons and RLE that can be used, and return their box."""
-    given, object.segmentation = object.segmentation, None
+    given = object.segmentation
     if isinstance(given, dict):
         if find_rle_error(given, width, height):
             return None
@@ -228,18 +239,14 @@ def _settle_segmentation(object: Object, width: int, height: int) -> list[float]
     polygons = [to_numbers(polygon) for polygon in given]
     usable = [p for p in polygons if p and len(p) >= 6 and len(p) % 2 == 0]
     if not usable:
-        object.repairs += (
-            "outline of under three points, in place of which the box is used",
-        ) * any(given)
         return None
+    if len(usable) < len(polygons):
+        object.repairs += ("outline with a part that cannot be used",)
     x = [v for polygon in usable for v in polygon[::2]]
     y = [v for polygon in usable for v in polygon[1::2]]
     box = [min(x), min(y), max(x) - min(x), max(y) - min(y)]
     if min(box[2:]) > 0:
         object.segmentation = usable
-        area = to_number(object.area)
-        if not area or area <= 0:
-            object.area = float(mask_util.area(to_rle(usable, height, width)))
         return box
     return None
 
@@ -265,7 +272,7 @@ def _check_corners(labels: list[Label]) -> None:
 def _settle_crowds(objects: list[Object]) -> None:
     """Take crowds for objects if they are most of the dataset, or all of a class."""
     of_class: dict[str, list[Object]] = defaultdict(list)
-    for object in objects:
+    for object in (o for o in objects if o.name != IGNORED):
         of_class[object.name].append(object)
     crowds = sum(object.crowd for object in objects)
     for name, own in of_class.items():
@@ -280,7 +287,8 @@ def _settle_crowds(objects: list[Object]) -> None:
 
 
 def _to_coco(labels: list[Label], classes: dict[str, int]) -> dict[str, Coco]:
-    count = Counter(o.name for label in labels for o in label.objects if not o.fault)
+    usable = [o for label in labels for o in label.objects if not o.fault]
+    count = Counter(o.name for o in usable if o.name != IGNORED)
     ids = {name: number for name, number in classes.items() if count[name]}
     for name in classes:
         if not count[name]:
@@ -306,10 +314,11 @@ def _to_coco(labels: list[Label], classes: dict[str, int]) -> dict[str, Coco]:
         coco["images"].append(
             {"id": number, "file_name": label.picture, "width": width, "height": height}
         )
-        for object in (o for o in label.objects if not o.fault):
+        own = [o for o in label.objects if not o.fault]
+        for object, name in ((o, n) for o in own for n in (ids if o.name == IGNORED else [o.name])):
             annotation = {
                 "id": len(coco["annotations"]) + 1, "image_id": number,
-                "category_id": ids[object.name], "bbox": object.box, "iscrowd": int(object.crowd),
+                "category_id": ids[name], "bbox": object.box, "iscrowd": int(object.crowd),
                 "area": to_number(object.area) or object.box[2] * object.box[3],
             }  # fmt: skip
             if object.segmentation is not None:

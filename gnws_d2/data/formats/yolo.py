@@ -8,7 +8,8 @@ import os
 import re
 from collections.abc import Iterator
 
-from .label import Label, Object, to_number
+from ...utils.errors import UserError
+from .label import Label, Object, to_number, to_numbers
 from .tree import Tree, read_text, stem
 from .yolo_data import NAME_FILES, find_data_file, read_classes
 
@@ -37,7 +38,11 @@ def parse(tree: Tree, file: str) -> Iterator[Label]:
     """Read the label of a picture, with the classes of the dataset in ``tree.classes``."""
     tree.classes = tree.classes or read_classes(tree)
     names = {number - 1: name for name, number in tree.classes.items()}
-    keypoints = math.prod(find_data_file(tree)[1].get("kpt_shape") or [0])
+    data_file, content = find_data_file(tree)
+    shape = to_numbers(content.get("kpt_shape") or [0])
+    if shape is None:
+        raise UserError(f"{tree.path(data_file)}: kpt_shape is not a list of two numbers.")
+    keypoints = int(math.prod(shape))
     objects = [
         _parse_line(_split(line), names, keypoints, f"{tree.path(file)}, line {number}")
         for number, line in enumerate(read_text(tree.path(file)).splitlines(), 1)
