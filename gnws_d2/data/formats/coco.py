@@ -17,7 +17,9 @@ def find(tree: Tree) -> list[str]:
     found = []
     for file, content in tree.jsons.items():
         if isinstance(content, dict) and "images" in content and _has_objects(content):
-            found.append((file, any("keypoints" in c for c in content.get("categories") or [])))
+            own = content.get("categories")
+            own = own if isinstance(own, list) else []
+            found.append((file, any(isinstance(c, dict) and "keypoints" in c for c in own)))
     # COCO's own annotations have the same people with and without keypoints.
     return [f for f, keypoints in found if not keypoints] or [f for f, _ in found]
 
