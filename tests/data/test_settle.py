@@ -260,12 +260,12 @@ def test_bad_picture_is_an_error_or_skipped_and_counted(tmp_path, damage):
     assert len(notes.lines()) == 1 and "Left out 1 x" in notes.lines()[0]
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["polygon", "rle", "box"])
-@pytest.mark.parametrize("frame", ["stored", "seen"])
+@pytest.mark.parametrize(
+    "frame, orientation",  # in 2 to 4 the sizes do not tell the frames apart
+    [*(("seen", i) for i in range(1, 9)), *(("stored", i) for i in (1, 5, 6, 7, 8))],
+)
 def test_labels_of_a_turned_picture_are_read_in_either_frame(tmp_path, orientation, kind, frame):
-    if frame == "stored" and 1 < orientation < 5:
-        pytest.skip("the sizes do not tell the frames apart")
     picture = Image.new("L", (W, H))
     points = [(3, 4), (20, 4), (20, 9), (8, 9), (8, 25), (3, 25)]
     ImageDraw.Draw(picture).polygon(points, fill=255)
