@@ -177,7 +177,7 @@ def test_classes_of_two_files_are_the_same_by_name_without_those_that_have_no_ob
         "names: [cat, dog]\nnc: 2\n",
         "names: {0: cat, 1: dog}\n",
         "names: {'0': cat, '1': dog}\n",
-        "names: {cat: 0, dog: 1}\n",
+        "names: {cat: 0, dog: 1}\nnc: '2'\n",
         "\ufeffnames:\n- cat\n- dog\n",
     ],
 )
@@ -211,7 +211,7 @@ def test_yolo_polygons_are_masks(tmp_path):
 @pytest.mark.parametrize("name", ["classes.txt", "labels/classes.txt", "obj.names"])
 def test_yolo_with_names_in_a_text_file(tmp_path, name):
     write_yolo(tmp_path, names=None)
-    write(tmp_path / name, "cat\ndog\n")
+    write(tmp_path / name, "cat\ndog\n\nbird\n")
     write(tmp_path / "labels" / "README.txt", "made with a tool\n")
     assert objects_of(read_dataset(str(tmp_path))["all"]) == expected()
 
@@ -262,6 +262,7 @@ def test_yolo_line_that_cannot_be_used_is_named(tmp_path, line, reason):
         ("names: [cat, cat]\n", "two classes in 'names' are called 'cat'"),
         ("names: [cat, null]\n", "is not the name of a class"),
         ("names: 2\n", "not a list"),
+        ("names: {cat: 0, dog: 0}\n", "does not have a number of its own for each class"),
         ("names:\n\t- cat\n", "not valid YAML"),
     ],
 )

@@ -171,3 +171,31 @@ def test_damaged_mask_is_told(tmp_path):
     coco = read_dataset(write(tmp_path, files), notes, skip_bad_images=True)["all"]
     assert_masks(coco, {"images/a.jpg": [ONE, TWO]})
     assert "b.jpg" in notes.lines()[0]
+
+
+@pytest.mark.parametrize("directory", ["masks", "annotations"])
+def test_mask_of_each_object_has_the_name_of_its_picture_in_front(tmp_path, directory):
+    """As pycococreator has them, in a directory that also JSON files may be in."""
+    masks = {f"{directory}/a_cat_0.png": (255 * ONE).astype(np.uint8)}
+    masks[f"{directory}/a_dog_1.png"] = (255 * TWO).astype(np.uint8)
+    coco = read(tmp_path, {"train/a.png": (W, H), **masks})
+    assert_masks(coco, {"train/a.png": [ONE, TWO]})
+
+
+def test_labelme_s_export_as_pascal_voc(tmp_path):
+    names = "__ignore__\n_background_\ncat\ndog\n"
+    voc = [(0, 0, 0), (128, 0, 0), (0, 128, 0)]
+    files = {
+        "JPEGImages/a.jpg": (W, H),
+        "SegmentationObject/a.png": palette(NUMBERS, voc),
+        "SegmentationClass/a.png": palette(NUMBERS, voc),
+        "SegmentationObjectVisualization/a.jpg": BOTH,
+        "class_names.txt": names,
+    }
+    assert_masks(read(tmp_path, files), {"JPEGImages/a.jpg": [ONE, TWO]}, ["cat", "dog"])
+
+
+def test_photograph_in_place_of_a_mask_is_refused(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (H, W, 3), np.uint8)
+    with pytest.raises(UserError, match=r"masks/a.jpg has values that compression"):
+        read(tmp_path, {"images/a.png": (W, H), "masks/a.jpg": Image.fromarray(noise)})

@@ -166,6 +166,7 @@ def test_picture_without_a_label_has_no_objects_among_pictures_with_labels(tmp_p
     [
         ("train: train.txt\nval: val.txt\n", {"train": "images/{}.jpg", "val": "./images/{}.jpg"}),
         ("path: .\ntrain: [l/a.txt]\nval: l/b.txt\n", {"l/a": "images/{}.jpg", "l/b": "{}"}),
+        ("train: Train.txt\nval: Val.txt\n", {"train": "images/{}.jpg", "val": "{}"}),
         ("", {"train": "/old/place/images/{}.jpg", "valid": "images\\{}.jpg"}),
         ("train: ../train/images\nval: ../valid/images\n", {"train": "{}.jpg", "val": "{}"}),
     ],

@@ -171,9 +171,11 @@ def _pair(
 
 
 def _join_splits(tree: Tree, splits: dict[str, Coco]) -> dict[str, Coco]:
+    if not splits:
+        raise UserError(f"--data {tree.root}: no image of it can be used.")
     if "train" not in splits and set(splits) != {"all"}:
         raise UserError(
-            f"--data {tree.root} has the splits {', '.join(splits) or 'none'}: one of them has to "
+            f"--data {tree.root} has the splits {', '.join(splits)}: one of them has to "
             "be train, or none is named."
         )
     if "train" in splits and "all" in splits:

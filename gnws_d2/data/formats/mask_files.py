@@ -14,6 +14,7 @@ _VOC_CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
     "person pottedplant sheep sofa train tvmonitor"
 ).split()
+_MAX_OBJECTS = 10_000  # in a picture; more values are those of a photograph
 _NEAR = 32  # values of a compressed mask that are taken for 0, or for the highest
 
 
@@ -67,10 +68,15 @@ def _decode(path: str, colors: bool = False) -> np.ndarray:
         return values.astype(np.uint8)
     if values.ndim == 3 and not colors:
         values = values[:, :, :1] if values.shape[2] == 2 else values  # palette with alpha
-        if (values == values[:, :, :1]).all():
+        spread = int(np.ptp(values, axis=2).max())
+        if spread == 0 or (spread < _NEAR and _is_jpeg(path)):
             return values[:, :, 0]
         return values.astype(np.int64) @ [1, 256, 65536]
     return values if values.dtype == np.uint8 else values.astype(np.int64)
+
+
+def _is_jpeg(path: str) -> bool:
+    return path.lower().endswith((".jpg", ".jpeg", ".jfif"))
 
 
 def read_values(path: str) -> Values:
@@ -83,14 +89,15 @@ def read_values(path: str) -> Values:
     mask = _decode(path)
     size = (mask.shape[1], mask.shape[0])
     if mask.dtype != np.uint8:
-        numbers = tuple(np.unique(mask)[:1001].tolist())
-        return Values(tuple(n for n in numbers if n), False, True, size)
+        values = np.unique(mask)
+        blurred = _is_jpeg(path) or len(values) > _MAX_OBJECTS
+        return Values(tuple(int(n) for n in values[:1001] if n), blurred, not blurred, size)
     counts = np.bincount(mask.ravel(), minlength=256)
     highest = int(counts.nonzero()[0][-1])
     between = counts[_NEAR : max(highest - _NEAR, _NEAR)]
     bright = int(counts[max(highest - _NEAR, 1) :].sum())
     is_two_valued = not highest or (highest >= 128 and int(between.sum()) < 0.5 * bright)
-    is_jpeg = path.lower().endswith((".jpg", ".jpeg"))
+    is_jpeg = _is_jpeg(path)
     # Smoothing makes values between the two, or close below the highest.
     is_blurred = is_jpeg or (is_two_valued and int((counts[_NEAR:highest] > 0).sum()) > 3)
     numbers = tuple((counts[1:].nonzero()[0] + 1).tolist())
@@ -145,7 +152,11 @@ def _decode_classes(path: str, reading: Reading) -> np.ndarray | None:
 
 def read_class_names(tree: Tree) -> dict[tuple[int, ...], str]:
     """Return the names of classes by color, of labelmap.txt, or else Pascal VOC's."""
-    names = {}
+    names: dict[tuple[int, ...], str] = {}
+    for file in (f for f in tree.files if f.lower().endswith("class_names.txt")):  # labelme's
+        lines = read_text(tree.path(file)).splitlines()
+        own = [line.strip() for line in lines if line.strip() not in ("", "__ignore__")]
+        names = {_voc_color(i): name for i, name in enumerate(own) if i}
     for file in (f for f in tree.files if f.lower().endswith("labelmap.txt")):
         for line in read_text(tree.path(file)).splitlines():
             name, *fields = line.split(":")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from ...utils.errors import UserError
 from .label import Label, Object
 from .mask_files import Reading, read_class_names, read_objects, read_values
-from .tree import MASK_DIRECTORY, MASK_STEM, Tree, map_files, stem
+from .tree import MASK_DIRECTORY, MASK_STEM, Tree, map_files, stem, stems_before
 
 _VOID = 255  # beside numbers
 
@@ -65,8 +65,7 @@ def _stems(file: str) -> tuple[str, ...]:
     stems = [name]
     if match := re.fullmatch(MASK_STEM, name, re.I):
         stems.append(match[1])
-    while match := re.fullmatch(r"(.+)[_-][^_-]*", stems[-1]):
-        stems.append(match[1])
+    stems += stems_before(stems[-1])[1:]
     above = [d for d in reversed(directories) if not re.fullmatch(MASK_DIRECTORY, d.lower())]
     in_own = directories and above and above[0] == directories[-1]  # masks/a/0.png
     return (above[0], *stems, *above[1:]) if in_own else (*stems, *above)

@@ -18,6 +18,7 @@ from ...utils.errors import UserError
 from ...utils.process import num_usable_cores
 from ..dataset_mapper import IMAGE_SUFFIXES
 
+_LEFT_BEHIND = r"\.|__MACOSX$|.*[Vv]isuali[sz]ation$"  # directories
 _IMAGE_SUFFIXES = (*IMAGE_SUFFIXES, ".jfif")
 _SPLITS = {
     "train": r"train(ing)?[\d_-]*",
@@ -60,6 +61,7 @@ class Tree:
         self._of_stem: dict[str, list[str]] = defaultdict(list)
         for picture in self.pictures:
             self._of_stem[stem(picture).lower()].append(picture)
+        self._by_lower = {file.lower(): file for file in self.files}
         self.classes: dict[str, int] = {}
 
     def path(self, file: str) -> str:
@@ -162,15 +164,15 @@ class Tree:
         Returns:
             The pictures, or None if there is nothing that it may name.
         """
-        parts = _parts(entry)
+        parts = _parts(entry) or [""]
         for start in range(len(parts)):
             for base in (*bases, ""):
                 path = os.path.normpath(os.path.join(base, *parts[start:]))
                 prefix = "" if path == "." else f"{path}/".lower()
                 if inside := {p for p in self.pictures if p.lower().startswith(prefix)}:
                     return inside
-                if path in self.files:
-                    return self.read_list(path) if path.lower().endswith(".txt") else {path}
+                if file := self._by_lower.get(path.lower()):
+                    return self.read_list(file) if path.lower().endswith(".txt") else {file}
         return None
 
     def read_list(self, file: str) -> set[str]:
@@ -208,6 +210,14 @@ def stem(path: str) -> str:
     return os.path.splitext(path.rpartition("/")[2])[0]
 
 
+def stems_before(name: str) -> list[str]:
+    """The name and what is left of it without the parts behind its last "_" or "-"."""
+    stems = [name]
+    while match := re.fullmatch(r"(.+)[_-][^_-]*", stems[-1]):
+        stems.append(match[1])
+    return stems
+
+
 def split_of(path: str) -> str:
     """The split that the nearest directory of a path is called: "train", "val", "test" or "all"."""
     for part in reversed(path.lower().split("/")[:-1]):
@@ -239,7 +249,7 @@ def read_text(path: str) -> str:
 
 def _walk(root: str) -> Iterable[str]:
     for directory, directories, names in os.walk(root, followlinks=True):
-        directories[:] = [d for d in directories if d[0] != "." and d != "__MACOSX"]
+        directories[:] = [d for d in directories if not re.match(_LEFT_BEHIND, d)]
         for name in names:
             if name[0] != ".":
                 yield os.path.relpath(os.path.join(directory, name), root).replace(os.sep, "/")
@@ -262,7 +272,7 @@ def _find_masks(images: list[str], other_stems: set[str]) -> set[str]:
         elif any(re.fullmatch(_MAYBE_MASK_DIRECTORY, d) for d in directories):
             maybe.add(file)
     stems = {stem(f).lower() for f in images if f not in masks and f not in maybe}
-    masks |= {f for f in maybe if stem(f).lower() in stems}
+    masks |= {f for f in maybe if any(name in stems for name in stems_before(stem(f).lower()))}
     for file in images:
         match = re.fullmatch(MASK_STEM, stem(file).lower())
         if match and match[1] in stems:

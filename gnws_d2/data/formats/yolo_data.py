@@ -30,8 +30,8 @@ def read_classes(tree: Tree) -> dict[str, int]:
     }
     for file in () if found else tree.files:
         if os.path.basename(file).lower() in NAME_FILES:
-            lines = (line.strip() for line in read_text(tree.path(file)).splitlines())
-            found[file] = {name: i for i, name in enumerate(filter(None, lines), 1)}
+            lines = read_text(tree.path(file)).strip().splitlines()
+            found[file] = {line.strip(): i for i, line in enumerate(lines, 1) if line.strip()}
     if not found:
         unreadable.explain(tree)
         raise UserError(
@@ -50,7 +50,9 @@ def read_classes(tree: Tree) -> dict[str, int]:
 
 def _read_names(content: dict[str, Any], path: str) -> dict[str, int]:
     names = content["names"]
-    if isinstance(names, dict) and all(type(v) is int for v in names.values()):
+    if isinstance(names, dict) and not any(to_number(key) is not None for key in names):
+        if not all(type(v) is int for v in names.values()) or len({*names.values()}) < len(names):
+            raise UserError(f"{path}: 'names' does not have a number of its own for each class.")
         names = {number: name for name, number in names.items()}
     if isinstance(names, (str, bool)):
         names = [names]
@@ -67,6 +69,6 @@ def _read_names(content: dict[str, Any], path: str) -> dict[str, int]:
             raise UserError(f"{path}: two classes in 'names' are called {name!r}.")
         found[str(name)] = int(number) + 1
     count = content.get("nc", len(found))
-    if count != len(found):
+    if to_number(count) != len(found):
         raise UserError(f"{path}: nc is {count!r}, but 'names' has {len(found)} classes.")
     return found
