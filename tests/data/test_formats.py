@@ -296,6 +296,18 @@ def test_pascal_voc_polygons_are_masks_and_difficult_objects_are_crowds(tmp_path
         assert all(o[3] == [corners(x, y, w, h)] for o in objects)
 
 
+def test_labelme_s_older_xml_has_polygons(tmp_path):
+    write_images(tmp_path, ".")
+    x, y, w, h = BOXES[0][2]
+    points = zip(corners(x, y, w, h)[::2], corners(x, y, w, h)[1::2])
+    text = "".join(f"<pt><x>{px}</x><y>{py}</y></pt>" for px, py in points)
+    polygon = f"<polygon><username>me</username>{text}</polygon>"
+    xml = f"<annotation><object><name>cat</name>{polygon}</object></annotation>"
+    write(tmp_path / "a.xml", xml)
+    (only,) = objects_of(read_dataset(str(tmp_path))["all"])
+    assert only == ("a", "cat", [x, y, w, h], [corners(x, y, w, h)], 0)
+
+
 @pytest.mark.parametrize(
     "file, content, message",
     [

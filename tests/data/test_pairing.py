@@ -251,3 +251,15 @@ def test_annotation_file_is_taken_as_well_as_its_directory(tmp_path):
     assert files_of(splits) == {"all": ["images/1.jpg"]}
     with pytest.raises(UserError, match="is neither a directory, nor a data"):
         read_dataset(str(tmp_path / "images" / "1.jpg"))
+
+
+def test_subsets_of_a_cvat_project_are_directories(tmp_path):
+    xml = ""
+    for subset, color in (("Train", "red"), ("Val", "blue")):
+        picture(tmp_path / "images" / subset / "1.jpg", color)
+        xml += f'<image name="1.jpg" subset="{subset}" width="64" height="48">'
+        xml += f'<box label="{color}" xtl="5" ytl="10" xbr="25" ybr="30"/></image>'
+    write(tmp_path / "annotations.xml", f"<annotations>{xml}</annotations>")
+    splits = read_dataset(str(tmp_path))
+    assert files_of(splits) == {"train": ["images/Train/1.jpg"], "val": ["images/Val/1.jpg"]}
+    check_colors(tmp_path, splits)

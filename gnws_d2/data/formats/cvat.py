@@ -31,7 +31,9 @@ def parse(tree: Tree, file: str) -> Iterator[Label]:
         name, size = image.get("name", ""), (image.get("width"), image.get("height"))
         if not name:
             raise UserError(f"{tree.path(file)}: picture {index} has no name.")
-        label = Label(file, name, (), size)
+        # Of a project: each subset has a directory.
+        named = "/".join(filter(None, (image.get("subset"), name)))
+        label = Label(file, named, (), size)
         for number, item in enumerate((i for i in image if i.tag in _REGIONS + _OTHERS), 1):
             where = f"{tree.path(file)}, {name}, {item.tag} {number}"
             object = Object(where, item.get("label", ""))

@@ -73,7 +73,9 @@ def settle(
     _settle_crowds(objects)
     usable = [o for o in objects if not o.fault]
     if masks is None:
-        masks = bool(usable) and 2 * sum(o.segmentation is not None for o in usable) >= len(usable)
+        counted = [o for o in usable if not o.crowd] or usable
+        with_masks = sum(o.segmentation is not None for o in counted)
+        masks = bool(counted) and 2 * with_masks >= len(counted)
     for object in usable:
         if masks and object.segmentation is None and object.rectangle:
             object.segmentation = [corners_of(object.box)]

@@ -35,8 +35,8 @@ def parse(tree: Tree, file: str) -> Iterator[Label]:
         if None not in values:
             x1, y1, x2, y2 = (v or 0.0 for v in values)
             object.box = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
-        points = [to_number(node.text) for node in item.findall("polygon/*")]
-        points = points or [to_number(node.text) for node in item.findall("polygon/pt/*")]
+        nodes = item.findall("polygon/pt/*") or item.findall("polygon/*")  # the first: LabelMe's
+        points = [to_number(node.text) for node in nodes]
         if points and None not in points:
             object.segmentation = [[v or 0.0 for v in points]]
         if not object.name:
