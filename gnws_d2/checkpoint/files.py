@@ -25,7 +25,9 @@ _PLAIN = {
     ("torch._utils", "_rebuild_parameter"),
     ("torch._utils", "_rebuild_tensor_v2"),
 }
-_LIBRARIES = set("_codecs argparse copyreg datetime mmcv mmdet mmengine numpy pathlib".split())
+_LIBRARIES = set(
+    "_codecs argparse collections copyreg datetime mmcv mmdet mmengine numpy pathlib".split()
+)
 
 
 class DamagedCheckpointError(UserError):
@@ -111,12 +113,19 @@ class _Inert:
     def __setstate__(self, state: Any) -> None:
         pass
 
+    append = extend = __setstate__
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
 
 class _Unpickler(pickle.Unpickler):
     """Reads tensors and plain values alone: all else of known libraries is :class:`_Inert`."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _PLAIN or (module == "torch" and name.endswith("Storage")):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        is_storage = module == "torch" and name.endswith("Storage")
+        if (module, name) in _PLAIN or is_dtype or is_storage:
             return super().find_class(module, name)
         if module.partition(".")[0] in _LIBRARIES:
             return _Inert

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import types
+from collections import deque
 from datetime import datetime
 from pathlib import Path
 
@@ -432,7 +433,12 @@ def test_logs_and_options_in_a_checkpoint_are_not_read(save, tmp_path, zip_forma
     content = {
         "state_dict": state,
         "meta": {"time": datetime(2024, 1, 1), "path": tmp_path, "best": np.float64(0.4)},
-        "message_hub": {"loss": HistoryBuffer(), "args": argparse.Namespace(a=1)},
+        "message_hub": {
+            "loss": HistoryBuffer(),
+            "args": argparse.Namespace(a=1),
+            "last": deque([1]),
+        },
+        "dtype": torch.float16,
     }
     content["meta"]["dataset_meta"] = {"classes": ("cat", "dog")}
     path = save(content, _use_new_zipfile_serialization=zip_format)
