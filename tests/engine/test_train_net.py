@@ -271,7 +271,7 @@ def test_bad_image_is_skipped_and_counted(photographs, tmp_path):
         datasets=tmp_path,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count(f"{bad} is truncated") == 1  # of two times, or more
+    assert run.stdout.count(f"{bad} is damaged") == 1  # of two times, or more
     lines, _ = read_metrics(tmp_path / "output")
     assert lines[-1]["bad_images"] >= 2
 
