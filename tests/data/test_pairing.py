@@ -263,3 +263,39 @@ def test_subsets_of_a_cvat_project_are_directories(tmp_path):
     splits = read_dataset(str(tmp_path))
     assert files_of(splits) == {"train": ["images/Train/1.jpg"], "val": ["images/Val/1.jpg"]}
     check_colors(tmp_path, splits)
+
+
+@pytest.mark.parametrize(
+    "names, box, what",
+    [
+        (("first.json", "second.json"), BOX, "have the same objects of"),
+        (("train.json", "val.json"), [1, 2, 30, 30], "are for two splits, and both have"),
+    ],
+)
+def test_two_files_for_the_same_picture_that_do_not_add_up_are_both_named(
+    tmp_path, names, box, what
+):
+    picture(tmp_path / "images/0.jpg")
+    other = coco(["0.jpg"])
+    other["annotations"][0]["bbox"] = box
+    for name, content in zip(names, (coco(["0.jpg"]), other)):
+        write(tmp_path / name, content)
+    with pytest.raises(UserError, match=f"{names[0]} and .*{names[1]} {what} the picture"):
+        read_dataset(str(tmp_path))
+
+
+def test_two_files_with_other_objects_of_the_same_picture_are_joined(tmp_path):
+    picture(tmp_path / "images/0.jpg")
+    write(tmp_path / "first.json", coco(["0.jpg"], "red"))
+    write(tmp_path / "second.json", coco(["0.jpg"], "blue"))
+    (dataset,) = read_dataset(str(tmp_path)).values()
+    assert sorted(a["category_id"] for a in dataset["annotations"]) == [1, 2]
+
+
+def test_a_program_s_yaml_does_not_matter_and_that_of_the_data_does(tmp_path):
+    yolo(tmp_path, 2)
+    write(tmp_path / "environment.yml", "channels: !!python/tuple\n- defaults\n")
+    assert len(read_dataset(str(tmp_path))["all"]["images"]) == 2
+    write(tmp_path / "data.yaml", "names: !!python/tuple\n- red\n")
+    with pytest.raises(UserError, match=r"data\.yaml is not valid YAML"):
+        read_dataset(str(tmp_path))

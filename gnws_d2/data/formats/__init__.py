@@ -154,7 +154,7 @@ def _pair(
         elif label.picture not in of_picture:
             of_picture[label.picture] = label
         elif (other := of_picture[label.picture]).file != label.file and format in _MANY:
-            other.objects += label.objects
+            _join(tree, other, label)
         else:
             raise UserError(
                 f"{tree.path(label.file)} and {tree.path(other.file)} have labels of the same "
@@ -168,6 +168,20 @@ def _pair(
         notes.left_out["picture without a label"] += [tree.path(p) for p in left]
     empty = [Label("", root=tree.root, picture=p) for p in pictures if p not in left]
     return [*of_picture.values(), *empty, *orphans]
+
+
+def _join(tree: Tree, label: Label, other: Label) -> None:
+    """Add the objects that another file of the same split has for the same picture."""
+    splits = {split_of_name(file).replace("all", "train") for file in (label.file, other.file)}
+    known = {(o.name, str(o.box), str(o.segmentation)) for o in label.objects}
+    twice = any((o.name, str(o.box), str(o.segmentation)) in known for o in other.objects)
+    if twice or len(splits) > 1:
+        what = "have the same objects of" if twice else "are for two splits, and both have"
+        raise UserError(
+            f"{tree.path(label.file)} and {tree.path(other.file)} {what} the picture "
+            f"{label.path}: remove one."
+        )
+    label.objects += other.objects
 
 
 def _join_splits(tree: Tree, splits: dict[str, Coco]) -> dict[str, Coco]:

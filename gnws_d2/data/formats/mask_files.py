@@ -9,7 +9,7 @@ from ...utils.errors import UserError
 from .label import encode_mask, encode_parts
 from .tree import Tree, read_text
 
-_ONE_CLASS = "object"  # masks have no names
+ONE_CLASS = "object"  # masks have no names
 _VOC_CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
     "person pottedplant sheep sofa train tvmonitor"
@@ -27,12 +27,14 @@ class Values(NamedTuple):
         is_blurred: whether compression or resizing has changed them.
         is_two_valued: whether nearly all are near 0 or near the highest.
         size: width and height.
+        rle: all that is not 0, where the mask is one object.
     """
 
     numbers: tuple[int, ...]
     is_blurred: bool
     is_two_valued: bool
     size: tuple[int, int]
+    rle: dict[str, Any] | None
 
 
 class Reading(NamedTuple):
@@ -79,19 +81,24 @@ def _is_jpeg(path: str) -> bool:
     return path.lower().endswith((".jpg", ".jpeg", ".jfif"))
 
 
-def read_values(path: str) -> Values:
+def read_values(job: tuple[str, bool]) -> Values:
     """
     Return the values of a mask.
+
+    Args:
+        job: the path of a mask, and whether it is one object.
 
     Raises:
         UserError: if the file is not an image.
     """
+    path, is_one = job
     mask = _decode(path)
     size = (mask.shape[1], mask.shape[0])
+    rle = encode_mask(mask != 0) if is_one and mask.any() else None
     if mask.dtype != np.uint8:
         values = np.unique(mask)
         blurred = _is_jpeg(path) or len(values) > _MAX_OBJECTS
-        return Values(tuple(int(n) for n in values[:1001] if n), blurred, not blurred, size)
+        return Values(tuple(int(n) for n in values[:1001] if n), blurred, not blurred, size, rle)
     counts = np.bincount(mask.ravel(), minlength=256)
     highest = int(counts.nonzero()[0][-1])
     between = counts[_NEAR : max(highest - _NEAR, _NEAR)]
@@ -101,7 +108,8 @@ def read_values(path: str) -> Values:
     # Smoothing makes values between the two, or close below the highest.
     is_blurred = is_jpeg or (is_two_valued and int((counts[_NEAR:highest] > 0).sum()) > 3)
     numbers = tuple((counts[1:].nonzero()[0] + 1).tolist())
-    return Values(numbers, is_blurred, is_two_valued or (highest < 128 and not is_jpeg), size)
+    is_two_valued = is_two_valued or (highest < 128 and not is_jpeg)
+    return Values(numbers, is_blurred, is_two_valued, size, rle)
 
 
 def read_objects(job: tuple[str, bool, Reading]) -> tuple[list[tuple[str, Any]], bool]:
@@ -117,9 +125,9 @@ def read_objects(job: tuple[str, bool, Reading]) -> tuple[list[tuple[str, Any]],
     if reading.blurred:
         mask = (mask > mask.max() / 2).astype(np.uint8)
     if is_one:
-        return [(_ONE_CLASS, encode_mask(mask != 0))] if mask.any() else [], False
+        return [(ONE_CLASS, encode_mask(mask != 0))] if mask.any() else [], False
     if not reading.numbers and not reading.by_class:
-        return [(_ONE_CLASS, rle) for rle in encode_parts(mask != 0)], False
+        return [(ONE_CLASS, rle) for rle in encode_parts(mask != 0)], False
     classes = _decode_classes(path, reading)
     objects, apart = [], False
     for number in (
@@ -128,7 +136,7 @@ def read_objects(job: tuple[str, bool, Reading]) -> tuple[list[tuple[str, Any]],
         if number not in reading.known:
             continue
         own = mask == number
-        name = _ONE_CLASS
+        name = ONE_CLASS
         if classes is not None:
             colors, counts = np.unique(classes[own], axis=0, return_counts=True)
             color = tuple(colors[counts.argmax()].tolist())

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from ...utils.errors import UserError
 from .label import Label, Object
-from .mask_files import Reading, read_class_names, read_objects, read_values
+from .mask_files import ONE_CLASS, Reading, read_class_names, read_objects, read_values
 from .tree import MASK_DIRECTORY, MASK_STEM, Tree, map_files, stem, stems_before
 
 _VOID = 255  # beside numbers
@@ -29,8 +29,8 @@ def parse_all(tree: Tree, files: list[str]) -> Iterator[Label]:
     for file in files:
         of_picture[tree.find_picture(file, None, _stems(file)) or file].append(file)
     is_one = {f: len(own) > 1 or _is_part(f, p) for p, own in of_picture.items() for f in own}
-    paths = [tree.path(file) for file in files]
-    values = dict(zip(files, map_files(read_values, paths, "Reading masks")))
+    jobs = [(tree.path(file), is_one[file]) for file in files]
+    values = dict(zip(files, map_files(read_values, jobs, "Reading masks")))
     whole = {f: v for f, v in values.items() if not is_one[f]}
     blurred = any(v.is_blurred for v in values.values())
     if bad := [f for f, v in values.items() if blurred and not v.is_two_valued]:
@@ -44,8 +44,10 @@ def parse_all(tree: Tree, files: list[str]) -> Iterator[Label]:
     by_class = "segmentationclass" in files[0].lower()
     several = any(len(v.numbers) > 1 for v in whole.values()) or len(numbers) > 1
     reading = Reading(blurred, several and not blurred, by_class, numbers, read_class_names(tree))
-    jobs = [(path, is_one[file], reading) for file, path in zip(files, paths)]
-    found = dict(zip(files, map_files(read_objects, jobs, "Reading objects of masks")))
+    found = {f: ([(ONE_CLASS, v.rle)], False) for f, v in values.items() if v.rle and not blurred}
+    left = [file for file in files if file not in found]
+    parts = [(tree.path(file), is_one[file], reading) for file in left]
+    found.update(zip(left, map_files(read_objects, parts, "Reading objects of masks")))
     if reading.numbers and not by_class and any(apart for _, apart in found.values()):
         logging.getLogger(__name__).warning(
             f"--data {tree.root}: some values of the masks have separate parts. The values are "

@@ -98,12 +98,15 @@ class Tree:
 
     @functools.cached_property
     def yamls(self) -> dict[str, dict[str, Any]]:
-        """The content of the YAML files that hold keys, by file."""
+        """The content of the YAML files that hold keys, by file. Others may be a program's."""
         contents = {}
         for file in self.with_suffix(".yaml", ".yml"):
+            text = read_text(self.path(file))
             try:
-                content = yaml.safe_load(read_text(self.path(file)))
+                content = yaml.safe_load(text)
             except (ValueError, yaml.YAMLError) as e:
+                if not re.search(r"^\W*(names|train)\W*:", text, re.M):
+                    continue
                 raise UserError(f"{self.path(file)} is not valid YAML: {e}") from e
             if isinstance(content, dict):
                 contents[file] = content
