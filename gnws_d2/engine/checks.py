@@ -37,6 +37,13 @@ def check_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         )
     if not args.eval_only:
         _check_batch_size(cfg, args.num_gpus * args.num_machines)
+    is_launched = args.num_gpus > 1 and not dist.is_torchelastic_launched()
+    if is_launched and cfg.MODEL.DEVICE == "cpu" and not LAUNCHES_ON_CPU:
+        raise UserError(
+            f"--num-gpus {args.num_gpus} with MODEL.DEVICE cpu: Detectron2 v0.6 launches several "
+            "processes on GPUs only. Start them by torchrun --nproc-per-node "
+            f"{args.num_gpus} train_net.py ..., without --num-gpus."
+        )
     # One of the processes that torchrun starts on a machine checks the data.
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         check_datasets(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
@@ -89,12 +96,6 @@ def _check_workers(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise UserError(
             f"--dist-url {args.dist_url}: for several machines set it to tcp://HOST:PORT, an "
             "address of machine 0 and a free port there."
-        )
-    elif cfg.MODEL.DEVICE == "cpu" and args.num_gpus > 1 and not LAUNCHES_ON_CPU:
-        raise UserError(
-            f"--num-gpus {args.num_gpus} with MODEL.DEVICE cpu: Detectron2 v0.6 launches several "
-            "processes on GPUs only. Start them by torchrun --nproc-per-node "
-            f"{args.num_gpus} train_net.py ..., without --num-gpus."
         )
     gpus = torch.cuda.device_count()
     if cfg.MODEL.DEVICE != "cpu" and args.num_gpus > gpus:
