@@ -6,8 +6,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 floor=(torch==2.4.1 torchvision==0.19.1 numpy==1.26.4 opencv-python==4.11.0.86)
-others=(fvcore hotcoco hypothesis iopath matplotlib orjson pillow pycocotools pytest pytest-xdist setuptools
-    tabulate tqdm)
+others=(fvcore hotcoco hypothesis iopath matplotlib orjson pillow pycocotools pytest pytest-xdist
+    setuptools tabulate tqdm)
 
 uv=$(command -v uv || echo .venv/bin/uv) # tools/setup_env.sh puts it there
 venv=$PWD/.venv-floor
