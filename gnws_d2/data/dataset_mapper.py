@@ -1,6 +1,5 @@
 """Detectron2's dataset mapper with images decoded and resized by OpenCV, as in MMDetection."""
 
-import contextlib
 import copy
 import io
 import math
@@ -24,7 +23,6 @@ from .transforms import OpenCVResizeShortestEdge
 
 # Suffixes of the files in a directory that are read as images.
 IMAGE_SUFFIXES = tuple(".avif .bmp .gif .jp2 .jpeg .jpg .png .ppm .tif .tiff .webp".split())
-_EXIF_ORIENTATION = 0x0112
 _IMAGE_ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82")  # of complete JPEG and PNG files
 
 
@@ -96,22 +94,6 @@ def read_dataset_image(dataset_dict: dict[str, Any], format: str) -> np.ndarray:
     except utils.SizeMismatchError as e:
         raise BadImageError(str(e)) from e
     return image
-
-
-def image_size(file_name: str) -> tuple[int, int]:
-    """
-    Return the width and height of an image as :func:`read_image` decodes it. The header of an
-    upright JPEG has them; other files are decoded, as Pillow and OpenCV rotate different formats.
-
-    Raises:
-        BadImageError: see :func:`read_image`.
-    """
-    with contextlib.suppress(Exception):  # Pillow raises errors of all types for damaged files
-        with Image.open(file_name) as header:
-            if header.format == "JPEG" and header.getexif().get(_EXIF_ORIENTATION, 1) == 1:
-                return header.size
-    height, width = read_image(file_name, "BGR").shape[:2]
-    return width, height
 
 
 class OpenCVDatasetMapper(DatasetMapper):

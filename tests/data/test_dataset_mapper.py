@@ -12,7 +12,7 @@ from PIL import Image
 
 from gnws_d2 import model_zoo
 from gnws_d2.data import OpenCVDatasetMapper, read_image
-from gnws_d2.data.dataset_mapper import IMAGE_SUFFIXES, BadImageError, image_size
+from gnws_d2.data.dataset_mapper import BadImageError
 from gnws_d2.utils.errors import UserError
 
 
@@ -41,21 +41,6 @@ def test_test_image_is_opencvs_bit_for_bit(records, image_format, size, shape):
             expected = expected[:, :, ::-1]
         assert image.dtype == torch.uint8
         assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
-
-
-@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
-@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
-def test_image_size_equals_the_size_of_the_decoded_image(tmp_path, suffix, orientation):
-    """Pillow and OpenCV rotate different TIFF and AVIF files."""
-    path = tmp_path / f"a{suffix}"
-    exif = Image.Exif()
-    exif.update({274: orientation} if orientation else {})
-    try:
-        Image.new("RGB", (30, 20)).save(path, exif=exif)
-        height, width = read_image(str(path), "BGR").shape[:2]
-    except (KeyError, BadImageError):
-        pytest.skip("Pillow or OpenCV is built without the format")
-    assert image_size(str(path)) == (width, height)
 
 
 def test_longer_side_is_limited(records):
