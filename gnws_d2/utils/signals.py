@@ -24,11 +24,10 @@ def _remember(signum: int, frame: FrameType | None) -> None:
 @contextlib.contextmanager
 def catch_signals(handler: Callable[[int, FrameType | None], None] = _remember) -> Iterator[None]:
     """
-    Handle both signals in the context: by default, remember the last one (:func:`received_signal`).
-    Do nothing outside the main thread, which receives all signals.
+    Handle both signals in the context: by default, remember the last one until the context ends
+    (:func:`received_signal`). Do nothing outside the main thread, which receives all signals.
     """
     global _received
-    _received = 0
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -38,10 +37,11 @@ def catch_signals(handler: Callable[[int, FrameType | None], None] = _remember) 
     finally:
         for signum, before in handlers.items():
             signal.signal(signum, before)
+        _received = 0  # an evaluation after it in the same process goes on
 
 
 def received_signal() -> int:
-    """Return the number of the last signal that :func:`catch_signals` has caught; 0 for none."""
+    """Return the number of the last signal in the current :func:`catch_signals`; 0 for none."""
     return _received
 
 

@@ -29,7 +29,7 @@ from gnws_d2.engine.hooks import (
 )
 from gnws_d2.engine.run_record import RunRecord
 from gnws_d2.utils.errors import UserError
-from gnws_d2.utils.signals import catch_signals, received_signal
+from gnws_d2.utils.signals import catch_signals, received_signal, stop_together
 
 
 class Trainer(TrainerBase):
@@ -149,6 +149,7 @@ def test_signal_ends_with_a_checkpoint_after_the_iteration(tmp_path, period, sig
     assert Trainer(tmp_path, hooks).resume() == 4
     assert f"Stopped by {signum.name} after iteration 3" in caplog.text
     assert signal.getsignal(signum) == handler
+    stop_together()  # nothing is left of the signal for what comes next in the process
 
 
 def test_error_of_a_hook_before_training_is_not_hidden_by_the_hooks_after_it(tmp_path):
