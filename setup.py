@@ -36,6 +36,8 @@ setup(
         "report": ["Jinja2"],
         "onnx": ["onnx", "onnxruntime"],
         "wandb": ["wandb"],
+        "hub": ["huggingface-hub>=1.0", "safetensors"],
+        "supervision": ["supervision"],
         "dev": [
             "hypothesis",
             "ipykernel",
@@ -47,7 +49,6 @@ setup(
             "pytest-xdist",
             "ruff",
             "sahi",
-            "supervision",
             "types-PyYAML",
             "uv",
         ],
