@@ -171,8 +171,8 @@ def demo(parser: ArgumentParser) -> int:
     source.add_argument("--video-input", metavar="FILE", help="video file")
     text = "directory for the drawings and detections.json"
     add("--output", required=True, metavar="DIR", help=text)
-    text = "minimum score, from 0 to 1 (default: 0.5)"
-    add("--confidence-threshold", type=float, default=0.5, metavar="SCORE", help=text)
+    text = "minimum score, from 0 to 1 (default: the best one in the last evaluation, or else 0.5)"
+    add("--threshold", "--confidence-threshold", type=float, metavar="SCORE", help=text)
     add_dataset_argument(parser)
     add("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs, at the end")
     args = parser.parse_args()

@@ -17,6 +17,9 @@ from ..utils.errors import UserError
 from ..utils.files import atomic_write
 from .convert import convert_to_detectron2
 
+THRESHOLD_FILE = "threshold.json"  # in the directory of the checkpoint
+DEFAULT_THRESHOLD = 0.5
+
 # What a pickle may import: what tensors are made of, and libraries whose objects are not read.
 _PLAIN = {
     ("collections", "OrderedDict"),
@@ -102,6 +105,20 @@ def read_config(file: str) -> str:
     # Map the tensors instead of reading them, which only the zip format allows: ours.
     checkpoint = _read(file, mmap=True) if zipfile.is_zipfile(file) else {}
     return checkpoint.get("config", "") if isinstance(checkpoint, dict) else ""
+
+
+def read_threshold(checkpoint: str) -> float:
+    """
+    Return the score from which on detections of a model are worth showing, which its last
+    evaluation has written beside the checkpoint, or :data:`DEFAULT_THRESHOLD`.
+    """
+    file = os.path.join(os.path.dirname(checkpoint), THRESHOLD_FILE)
+    try:
+        return float(json.loads(Path(file).read_text())["threshold"])
+    except OSError:
+        return DEFAULT_THRESHOLD
+    except (ValueError, LookupError, TypeError) as e:
+        raise UserError(f"{file} is damaged ({e!r}): remove it, or evaluate again.") from e
 
 
 class _Inert:

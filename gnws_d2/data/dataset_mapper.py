@@ -26,7 +26,7 @@ IMAGE_SUFFIXES = tuple(".avif .bmp .gif .jp2 .jpeg .jpg .png .ppm .tif .tiff .we
 _IMAGE_ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82")  # of complete JPEG and PNG files
 
 
-class BadImageError(UserError):
+class BadImageError(UserError, ValueError):
     """Raised for an image that cannot be used; see ``INPUT.ON_BAD_IMAGE``."""
 
 
@@ -42,8 +42,7 @@ def read_image(file_name: str, format: str) -> np.ndarray:
         (H, W, 3), uint8.
 
     Raises:
-        BadImageError: if the file is missing, not a regular file, damaged, not an image, or not of
-            8 bits; or if it has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
+        BadImageError: if the file is missing or not a regular file; see :func:`decode_image`, too.
     """
     try:
         # A pipe would block, and a device may have no end.
@@ -53,6 +52,20 @@ def read_image(file_name: str, format: str) -> np.ndarray:
             data = f.read()
     except OSError as e:
         raise BadImageError(f"Cannot read the image {file_name}: {e.strerror or e}.") from e
+    return decode_image(data, file_name, format)
+
+
+def decode_image(data: bytes, name: str, format: str) -> np.ndarray:
+    """
+    Decode the contents of an image file: see :func:`read_image`.
+
+    Args:
+        name: what the messages call the image.
+
+    Raises:
+        BadImageError: if the image is damaged, not an image or not of 8 bits, or if it has more
+            pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
+    """
     try:
         with Image.open(io.BytesIO(data)) as header:
             width, height = header.size
@@ -66,16 +79,16 @@ def read_image(file_name: str, format: str) -> np.ndarray:
             raise ValueError("OpenCV cannot decode it")
     except Image.DecompressionBombError as e:
         raise BadImageError(
-            f"The image {file_name} is larger than PIL.Image.MAX_IMAGE_PIXELS, "
+            f"The image {name} is larger than PIL.Image.MAX_IMAGE_PIXELS, "
             f"{Image.MAX_IMAGE_PIXELS}: {e}. Tile it, or raise the limit."
         ) from e
     except Exception as e:  # Pillow raises errors of all types for damaged files
         reason = "its format is not known" if isinstance(e, UnidentifiedImageError) else e
-        raise BadImageError(f"The image {file_name} is damaged or not an image: {reason}.") from e
+        raise BadImageError(f"The image {name} is damaged or not an image: {reason}.") from e
     if image.dtype != np.uint8:
         # OpenCV would keep the upper 8 bits, of which cameras with 12 bits use four.
         raise BadImageError(
-            f"The image {file_name} has {8 * image.itemsize} bits per channel, and values up to "
+            f"The image {name} has {8 * image.itemsize} bits per channel, and values up to "
             f"{image.max():g}: convert all images of the dataset to 8 bits, with one scale."
         )
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if format == "RGB" else image

@@ -31,5 +31,6 @@ class OpenCVResizeShortestEdge(T.ResizeShortestEdge):
     def get_transform(self, image: np.ndarray) -> T.Transform:
         t = super().get_transform(image)
         if isinstance(t, T.ResizeTransform):
-            t = OpenCVResizeTransform(t.h, t.w, t.new_h, t.new_w)
+            # Detectron2 would round the short edge of a long image to 0.
+            t = OpenCVResizeTransform(t.h, t.w, max(1, t.new_h), max(1, t.new_w))
         return t

@@ -1,5 +1,6 @@
 """Detectron2's default trainer for GN+WS models."""
 
+import contextlib
 import copy
 import logging
 import os
@@ -17,6 +18,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import GNWSCheckpointer
+from ..checkpoint.files import THRESHOLD_FILE
 from ..config import flatten_config
 from ..data import OpenCVDatasetMapper
 from ..data.coco import dataset_classes
@@ -129,13 +131,15 @@ class Trainer(DefaultTrainer):
         return results
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """See :class:`DefaultTrainer`. A new training ignores checkpoints of an earlier one."""
+        """See :class:`DefaultTrainer`. A new training ignores the files of an earlier one."""
         checkpoint = self.checkpointer.get_checkpoint_file() if resume else ""
         super().resume_or_load(resume=resume)
         self._check_ranks_agree(os.path.basename(checkpoint) or "no checkpoint")
-        if not resume and comm.is_main_process() and self.checkpointer.has_checkpoint():
+        if not resume and comm.is_main_process():
             # Else a restart before the first checkpoint would resume from another training.
-            os.remove(os.path.join(self.cfg.OUTPUT_DIR, "last_checkpoint"))
+            for name in ("last_checkpoint", THRESHOLD_FILE):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(self.cfg.OUTPUT_DIR, name))
 
     def _check_ranks_agree(self, checkpoint: str) -> None:
         start = {"the start": f"{checkpoint} at iteration {self.start_iter}"}

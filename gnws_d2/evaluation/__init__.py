@@ -9,9 +9,11 @@ from .coco_evaluation import (
     read_truth,
     results_json,
 )
+from .threshold import best_thresholds
 
 __all__ = [
     "COCOEvaluator",
+    "best_thresholds",
     "build_evaluator",
     "check_evaluators",
     "evaluate_predictions",

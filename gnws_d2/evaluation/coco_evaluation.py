@@ -19,10 +19,12 @@ from detectron2.evaluation import COCOEvaluator as _COCOEvaluator
 from detectron2.evaluation import print_csv_format
 from detectron2.utils.file_io import PathManager
 
+from ..checkpoint.files import THRESHOLD_FILE
 from ..data.check import read_coco_json
 from ..utils.errors import UserError
 from ..utils.files import atomic_write
 from ..utils.signals import stop_together
+from .threshold import best_thresholds
 
 _COCO_KEYPOINTS, _COCO_MAX_DETS = 17, 100
 _FIELDS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
@@ -31,8 +33,11 @@ _FIELDS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
 class COCOEvaluator(_COCOEvaluator):
     """
     Detectron2's :class:`COCOEvaluator` with hotcoco. A model that finds nothing gets the official
-    API's AP (0 for a class with objects) instead of NaN or no mask AP. `tasks` is required.
+    API's AP (0 for a class with objects) instead of NaN or no mask AP. `tasks` is required. The
+    best thresholds go to `threshold_file`, if that is set: see :func:`write_thresholds`.
     """
+
+    threshold_file = ""
 
     def evaluate(self, img_ids: list[int] | None = None) -> dict[str, Any]:
         """
@@ -56,6 +61,8 @@ class COCOEvaluator(_COCOEvaluator):
             with atomic_write(path) as f:
                 f.write(json.dumps(results))  # faster than json.dump
         self._results |= self.evaluate_results(results, img_ids)
+        if self.threshold_file and self._do_evaluation:
+            write_thresholds(self._metadata.json_file, results, self.threshold_file)
 
     def evaluate_results(
         self, results: list[dict[str, Any]], img_ids: list[int] | None = None
@@ -94,7 +101,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
         UserError: if the dataset has another evaluator_type, such as LVIS's.
     """
     _check_type(dataset_name)
-    return COCOEvaluator(
+    evaluator = COCOEvaluator(
         dataset_name,
         ("bbox", *["segm"] * cfg.MODEL.MASK_ON, *["keypoints"] * cfg.MODEL.KEYPOINT_ON),
         output_dir=os.path.dirname(results_json(cfg.OUTPUT_DIR, cfg, dataset_name)),
@@ -102,6 +109,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
         kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
         max_dets_per_image=max_dets(cfg, dataset_name),
     )
+    if dataset_name == cfg.DATASETS.TEST[0]:
+        evaluator.threshold_file = os.path.join(cfg.OUTPUT_DIR, THRESHOLD_FILE)
+    return evaluator
 
 
 def max_dets(cfg: CfgNode, dataset_name: str) -> int:
@@ -226,6 +236,26 @@ def evaluate_results(
             warnings.simplefilter("ignore", UserWarning)
             evaluation.summarize()
     return evaluation
+
+
+def write_thresholds(json_file: str, results: list[dict[str, Any]], path: str) -> None:
+    """
+    Write the threshold of all classes together, and of each, to a JSON file: see
+    :func:`best_thresholds`. Remove the file if there are none.
+
+    Args:
+        json_file: the ground truth.
+        results: see :func:`evaluate_results`.
+    """
+    evaluation = evaluate_results(read_truth(json_file), results, "bbox", iou_threshold=0.5)
+    best, classes = best_thresholds(evaluation)
+    if best is None:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+        return
+    of_classes = {name: point.threshold for name, point in classes.items() if point}
+    with atomic_write(path) as f:
+        json.dump({"threshold": best.threshold, "classes": of_classes}, f, indent=2)
 
 
 def results_json(output_dir: str, cfg: CfgNode, dataset_name: str) -> str:

@@ -1,3 +1,4 @@
 from .predictor import Predictor, find_trained
+from .results import to_supervision
 
-__all__ = ["Predictor", "find_trained"]
+__all__ = ["Predictor", "find_trained", "to_supervision"]

@@ -1,7 +1,8 @@
-"""Detectron2's demo for these models: draw detections, and write them as COCO JSON."""
+"""Detectron2's demo for these models: draw detections, and write them as COCO JSON and labels."""
 
 import argparse
 import os
+import signal
 from itertools import chain
 from typing import Any
 
@@ -9,18 +10,22 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from ..checkpoint.files import read_threshold
 from ..config import choose_device, load_config
 from ..data import read_image, register_coco_datasets
 from ..data.coco import check_num_classes, check_registered, class_metadata, dataset_classes
 from ..data.dataset_mapper import BadImageError
 from ..utils.errors import UserError, print_error
 from ..utils.files import atomic_write
+from ..utils.signals import catch_signals, received_signal
 from .drawing import LabelVisualizer
-from .picture import find_images
+from .picture import find_images, num_frames
 from .predictor import Predictor, find_trained
 from .results import CocoDetections
 
 _MIN_WIDTH = 320  # pixels; smaller images are enlarged so that labels can be read
+_MAX_SIDE = 4096  # pixels; of an image that is enlarged
+_FRAME_RATE = 25  # of a video without one
 
 
 class VisualizationDemo:
@@ -31,12 +36,17 @@ class VisualizationDemo:
         Args:
             args: the options of ``tools/demo.py``.
         """
-        opts = [*args.opts, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", args.confidence_threshold]
         if args.model:
-            cfg = find_trained(args.model, opts, args.dataset)
+            cfg = find_trained(args.model, args.opts, args.dataset)
         else:
-            cfg = load_config(args.config_file, opts, args.dataset)
+            cfg = load_config(args.config_file, args.opts, args.dataset)
             choose_device(cfg)
+        self.threshold = args.threshold
+        if self.threshold is None:
+            self.threshold = read_threshold(cfg.MODEL.WEIGHTS)
+        cfg.defrost()
+        cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = self.threshold
+        cfg.freeze()
         self.predictor = Predictor(cfg)
         metadata = self.predictor.metadata
         if metadata.get("thing_classes") is None:
@@ -73,7 +83,10 @@ class VisualizationDemo:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    """Return the exit status: 1 if an input could not be read, which stderr names, else 0."""
+    """
+    Return the exit status: 0; 1 if an input could not be read, which stderr names; or that of a
+    signal, which stops the demo between two images. What was done before is written.
+    """
     try:
         return _run_on_images(args) if args.input else _run_on_video(args)
     except OSError as e:
@@ -91,21 +104,31 @@ def _run_on_images(args: argparse.Namespace) -> int:
     pictures = [name if cv2.haveImageWriter(name) else f"{name}.png" for name in names]
     pictures = [os.path.join(args.output, picture) for picture in pictures]
     _check_not_overwritten(paths, pictures)
+    os.makedirs(args.output, exist_ok=True)
     demo = VisualizationDemo(args)
-    for path, name, picture in zip(tqdm(paths, unit="image"), names, pictures):
-        try:
-            image = read_image(path, "BGR")
-        except BadImageError as e:
-            errors.append(e)
-            continue
-        drawn = demo.run_on_image(image, max(1.0, _MIN_WIDTH / image.shape[1]), file_name=name)
-        os.makedirs(os.path.dirname(picture), exist_ok=True)
-        with atomic_write(picture, "wb") as f:
-            f.write(cv2.imencode(os.path.splitext(picture)[1], drawn)[1])
-    _write(demo.detections, args.output, image_root=root)
-    for error in errors:
-        print_error(str(error))
-    return 1 if errors else 0
+    notes = []
+    with catch_signals():
+        for path, name, picture in zip(tqdm(paths, unit="image"), names, pictures):
+            if received_signal():
+                break
+            try:
+                image = read_image(path, "BGR")
+            except BadImageError as e:
+                errors.append(e)
+                continue
+            if (frames := num_frames(path)) > 1:
+                notes.append(f"{path} has {frames} frames or pages: only the first is used.")
+            scale = max(1, min(_MIN_WIDTH / image.shape[1], _MAX_SIDE / max(image.shape[:2])))
+            drawn = demo.run_on_image(image, scale, file_name=name)
+            os.makedirs(os.path.dirname(picture), exist_ok=True)
+            with atomic_write(picture, "wb") as f:
+                f.write(cv2.imencode(os.path.splitext(picture)[1], drawn)[1])
+        _write(demo, args.output, image_root=root)
+        if errors:
+            notes += [*map(str, errors), f"{len(errors)} of the inputs could not be used."]
+        for note in notes:
+            print_error(note)
+        return _status(bool(errors))
 
 
 def _run_on_video(args: argparse.Namespace) -> int:
@@ -115,19 +138,31 @@ def _run_on_video(args: argparse.Namespace) -> int:
         raise UserError(f"OpenCV cannot read the video {path}.")
     output = os.path.join(args.output, f"{os.path.splitext(name)[0]}.mp4")
     _check_not_overwritten([path], [output])
-    demo = VisualizationDemo(args)
     os.makedirs(args.output, exist_ok=True)
+    demo = VisualizationDemo(args)
     rate, num_frames = video.get(cv2.CAP_PROP_FPS), int(video.get(cv2.CAP_PROP_FRAME_COUNT))
     size = [int(video.get(key)) for key in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)]
+    rate = rate if 0 < rate < 1000 else _FRAME_RATE
     writer = cv2.VideoWriter(output, cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
     if not writer.isOpened():
         raise UserError(f"OpenCV cannot write the video {output}.")
     frames = (frame for _, frame in iter(video.read, (False, None)))
-    for i, frame in enumerate(tqdm(frames, total=max(num_frames, 0), unit="frame")):
-        writer.write(demo.run_on_image(frame, file_name=name, frame=i))
-    writer.release()
-    _write(demo.detections, args.output, video=path)
-    return 0
+    progress = tqdm(frames, total=max(num_frames, 0), unit="frame")
+    with catch_signals():
+        for i, frame in enumerate(progress):
+            if received_signal():
+                break
+            writer.write(demo.run_on_image(frame, file_name=name, frame=i))
+        writer.release()
+        _write(demo, args.output, video=path)
+        return _status(False)
+
+
+def _status(failed: bool) -> int:
+    """Return the exit status, after a signal as that of a program that it has ended."""
+    if signum := received_signal():
+        print_error(f"stopped by {signal.Signals(signum).name}")
+    return 128 + signum if signum else int(failed)
 
 
 def _check_not_overwritten(inputs: list[str], outputs: list[str]) -> None:
@@ -135,7 +170,8 @@ def _check_not_overwritten(inputs: list[str], outputs: list[str]) -> None:
         raise UserError(f"--output would overwrite the input {path}: name another directory.")
 
 
-def _write(detections: CocoDetections, directory: str, **info: str) -> None:
-    path = os.path.join(directory, "detections.json")
-    detections.write(path, **info)
-    print(f"{len(detections.images)} images, {len(detections.annotations)} objects: {path}")
+def _write(demo: VisualizationDemo, directory: str, **info: str) -> None:
+    path, found = os.path.join(directory, "detections.json"), demo.detections
+    found.write(path, **info)
+    counts = f"{len(found.images)} images, {len(found.annotations)} objects"
+    print(f"{counts}: {path} (scores of at least {demo.threshold:.2f})")

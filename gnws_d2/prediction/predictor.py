@@ -2,7 +2,8 @@
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,16 @@ from detectron2.modeling import build_model
 
 from .. import model_zoo
 from ..checkpoint import GNWSCheckpointer, find_checkpoint, read_config
+from ..checkpoint.files import read_threshold
 from ..config import check_device, choose_device, load_config
 from ..data.coco import class_metadata
+from ..data.dataset_mapper import BadImageError
 from ..data.transforms import OpenCVResizeShortestEdge
 from ..layers import fold_for_inference
 from ..modeling.backbone import check_keys
 from ..utils.errors import UserError
 from ..utils.process import keep_freed_memory
+from .picture import find_images, open_picture
 from .test_time_augmentation import with_tta
 
 
@@ -59,15 +63,22 @@ def find_trained(
 class Predictor(DefaultPredictor):
     """
     :class:`DefaultPredictor` that resizes with OpenCV, as the published models were tested, loads
-    what :class:`GNWSCheckpointer` loads, has the class names of the checkpoint in ``metadata``, and
-    takes several images at once. Weights are standardized once, when it is built. On a CPU the
-    whole process keeps freed memory from then on, which saves a third of the time
-    (:func:`keep_freed_memory`), except with ``MODEL.GNWS.KERNELS reference``.
+    what :class:`GNWSCheckpointer` loads, and takes a picture in any form, or several. Weights are
+    standardized once, when it is built. On a CPU the whole process keeps freed memory from then on,
+    which saves a third of the time (:func:`keep_freed_memory`), except with ``MODEL.GNWS.KERNELS
+    reference``.
+
+    Attributes:
+        metadata: has the class names of the checkpoint, ``thing_classes``.
+        threshold (float): the score from which on detections are worth showing; the best one in the
+            last evaluation of the model, or else 0.5. All detections are returned, however, with a
+            score above ``MODEL.ROI_HEADS.SCORE_THRESH_TEST``.
 
     Examples:
     ::
         predictor = Predictor.from_pretrained("mask_rcnn_R50_gnws_2x")  # or the OUTPUT_DIR of a run
-        instances = predictor(cv2.imread("input.jpg"))["instances"]
+        instances = predictor("input.jpg")["instances"]
+        instances = instances[instances.scores >= predictor.threshold]
         names = [predictor.metadata.thing_classes[i] for i in instances.pred_classes]
     """
 
@@ -84,6 +95,7 @@ class Predictor(DefaultPredictor):
         self.metadata = MetadataCatalog.get(dataset)
         if checkpointer.classes:
             self.metadata = class_metadata(dataset, checkpointer.classes)
+        self.threshold = read_threshold(cfg.MODEL.WEIGHTS)
         fold_for_inference(self.model)
         size = cfg.INPUT.MIN_SIZE_TEST
         self.aug = OpenCVResizeShortestEdge([size, size], cfg.INPUT.MAX_SIZE_TEST)
@@ -97,20 +109,37 @@ class Predictor(DefaultPredictor):
         return cls(find_trained(model, opts))
 
     def __call__(
-        self, original_image: np.ndarray | list[np.ndarray]
-    ) -> dict[str, Any] | list[dict[str, Any]]:
+        self, original_image: Any
+    ) -> dict[str, Any] | list[dict[str, Any]] | Iterator[dict[str, Any]]:
         """
         Args:
-            original_image: an image of shape (H, W, 3), uint8, in BGR order, or a list of them,
-                of any sizes, as one batch.
+            original_image: an image in a form that :func:`open_picture` takes, such as a path or an
+                array of shape (H, W, 3), uint8, in BGR order; a list of them, of any sizes, as one
+                batch; or a directory or pattern (:func:`find_images`), for one image at a time.
 
         Returns:
-            ``{"instances": Instances}`` in the coordinates of the image, or a list of such dicts.
+            ``{"instances": Instances}`` in the coordinates of the image, a list of such dicts, or
+            an iterator over such dicts with the ``file_name`` as well.
+
+        Raises:
+            BadImageError: a ValueError, if it is anything else, or an image cannot be read.
         """
-        images = [original_image] if isinstance(original_image, np.ndarray) else original_image
+        if isinstance(original_image, str | Path) and not os.path.isfile(original_image):
+            found = find_images(original_image)
+            if os.path.isdir(original_image) or found:
+                return self._predict_files(original_image, found)
+        if isinstance(original_image, list | tuple) and original_image:
+            return self._predict(list(map(open_picture, original_image)))
+        return self._predict([open_picture(original_image)])[0]
+
+    def _predict_files(self, path: str | Path, files: list[str]) -> Iterator[dict[str, Any]]:
+        if not files:
+            raise BadImageError(f"There is no image in {path}.")
+        return ({"file_name": file, **self._predict([open_picture(file)])[0]} for file in files)
+
+    def _predict(self, images: list[np.ndarray]) -> list[dict[str, Any]]:
         with torch.no_grad():
-            predictions = self.model([self._input(image) for image in images])
-        return predictions[0] if isinstance(original_image, np.ndarray) else predictions
+            return self.model([self._input(image) for image in images])
 
     def _input(self, image: np.ndarray) -> dict[str, Any]:
         height, width = image.shape[:2]

@@ -1,13 +1,48 @@
 """Detections in the formats of other programs."""
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from detectron2.data import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 
+from ..utils.errors import UserError
 from ..utils.files import atomic_write
+
+if TYPE_CHECKING:
+    import supervision
+
+
+def to_supervision(instances: Instances, metadata: Metadata) -> "supervision.Detections":
+    """
+    Convert detections for `supervision <https://supervision.roboflow.com>`_.
+
+    Args:
+        instances: detections of a model, on any device.
+        metadata: has ``thing_classes``, as that of a :class:`Predictor`.
+
+    Returns:
+        Boxes (``xyxy``), masks (``mask``, None for a model without), scores (``confidence``),
+        ``class_id``, and ``data["class_name"]``.
+
+    Raises:
+        UserError: if supervision is not installed.
+    """
+    try:
+        import supervision
+    except ImportError as e:
+        raise UserError("to_supervision needs the package supervision: install it by pip.") from e
+    instances = instances.to("cpu")
+    classes = instances.pred_classes.numpy()
+    return supervision.Detections(
+        xyxy=instances.pred_boxes.tensor.numpy(),
+        mask=instances.pred_masks.numpy() if instances.has("pred_masks") else None,
+        confidence=instances.scores.numpy(),
+        class_id=classes.astype(int),
+        data={"class_name": np.array(metadata.thing_classes)[classes]},
+    )
 
 
 class CocoDetections:

@@ -25,9 +25,6 @@ class Analysis:
     ap: dict[str, float]  # by METRICS
     class_ap: dict[str, float]  # by class name, in the order of the category ids
     precision: np.ndarray  # (10 IoU thresholds, 101 recall levels), 0 to 1, mean over the classes
-    # Of each class with objects: the score with the highest F1, the harmonic mean of precision and
-    # recall, at IoU 0.5; and there (score, precision, recall, F1), 0 to 1.
-    best_scores: dict[str, tuple[float, ...]]
     errors: dict[str, float]  # AP50 lost, by the values of ERRORS
 
 
@@ -37,24 +34,14 @@ def analyze(evaluation: Any) -> Analysis:
         evaluation: the return value of :func:`evaluate_results`.
     """
     # (IoU thresholds, recall levels, classes), for all areas and the highest number of detections
-    precision, scores = (evaluation.eval[k][:, :, :, 0, -1] for k in ("precision", "scores"))
-    precision = np.ma.masked_less(precision, 0)
+    precision = np.ma.masked_less(evaluation.eval["precision"][:, :, :, 0, -1], 0)
     classes = [c["name"] for c in evaluation.cocoGt.loadCats(evaluation.params.catIds)]
-    p, r = precision[0].filled(0), np.array(evaluation.params.recThrs)[:, None]
-    f1 = 2 * p * r / np.maximum(p + r, 1e-9)
-    points = np.stack(np.broadcast_arrays(scores[0], p, r, f1))  # (4, recall levels, classes)
-    points = points[:, f1.argmax(axis=0), range(len(classes))].T
     class_ap = dict(zip(classes, 100 * precision.mean(axis=(0, 1)).filled(math.nan)))
     tide = evaluation.tide_errors()["delta_ap"]
     return Analysis(
         ap=dict(zip(METRICS, np.where(evaluation.stats < 0, math.nan, 100 * evaluation.stats))),
         class_ap=class_ap,
         precision=precision.mean(axis=2).filled(math.nan),
-        best_scores={
-            name: tuple(point)
-            for name, point in zip(classes, points.tolist())
-            if not math.isnan(class_ap[name])
-        },
         errors={name: 100 * tide[key] for key, name in ERRORS.items()},
     )
 

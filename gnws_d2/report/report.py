@@ -17,8 +17,16 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from tabulate import tabulate
 
+from ..checkpoint.files import DEFAULT_THRESHOLD
 from ..data import check_datasets, read_image, register_coco_datasets
-from ..evaluation import evaluate_results, max_dets, read_results, read_truth, results_json
+from ..evaluation import (
+    best_thresholds,
+    evaluate_results,
+    max_dets,
+    read_results,
+    read_truth,
+    results_json,
+)
 from ..prediction.drawing import draw_objects
 from ..utils.errors import UserError
 from ..utils.files import atomic_write
@@ -28,7 +36,6 @@ from .run_dir import Run, read_run
 
 _TASKS = {"bbox": "box", "segm": "mask"}
 _NUM_PICTURES = 5  # of the typical images, and of the worst
-_THRESHOLD = 0.5  # the lowest score of a detection that is drawn and counted
 _CORRECT, _MISTAKE = "#3b9dff", "#ff8a1f"  # distinct for the color-blind
 
 
@@ -60,7 +67,6 @@ def make_report(run_dir: str, datasets: list[list[str]]) -> None:
         charts=_training_charts(run),
         evaluations=evaluations,
         metrics=METRICS,
-        threshold=_THRESHOLD,
         correct=_CORRECT,
         mistake=_MISTAKE,
         percent=_format,
@@ -96,8 +102,11 @@ def _evaluate(run: Run, dataset_name: str) -> dict[str, Any]:
             ) from e
         analyses[name] = analyze(evaluations[task])
         precision[f"Precision and recall, {name}"] = _precision_chart(analyses[name])
+    evaluation = evaluate_results(truth, results, "bbox", iou_threshold=0.5)
+    best, thresholds = best_thresholds(evaluation)
+    threshold = best.threshold if best else DEFAULT_THRESHOLD
     # COCO matches in the order of the score, so that leaving the lowest out changes no other match.
-    counted = [result for result in results if result["score"] >= _THRESHOLD]
+    counted = [result for result in results if result["score"] >= threshold]
     evaluation = evaluate_results(truth, counted, "bbox", iou_threshold=0.5)
     mistakes = find_mistakes(evaluation)
     num_missed, num_false = (sum(len(m[i]) for m in mistakes.values()) for i in (0, 1))
@@ -120,7 +129,9 @@ def _evaluate(run: Run, dataset_name: str) -> dict[str, Any]:
         "num_trained_on": _count_trained_on(run, files) if run.num_iterations else None,
         "analyses": analyses,
         "precision": precision,
-        "confusion": confusion_matrix(evaluations["bbox"], _THRESHOLD),
+        "threshold": threshold,
+        "thresholds": {"all classes": best, **thresholds},
+        "confusion": confusion_matrix(evaluations["bbox"], threshold),
         "typical": list(map(draw, typical)),
         "worst": list(map(draw, shown)),
     }

@@ -1,27 +1,32 @@
 """``tools/demo.py``: detections, files and error messages."""
 
 import json
+import os
 import re
 import runpy
 import shutil
+import signal
 import sys
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, small_mask_rcnn
 from detectron2.data import Metadata
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from PIL import Image
 from pycocotools.coco import COCO
 
 from gnws_d2 import Predictor
 from gnws_d2.config import load_config
 from gnws_d2.data.formats import Notes, read_coco_files
+from gnws_d2.prediction.demo import VisualizationDemo
 from gnws_d2.prediction.results import CocoDetections
 
 QUICK_START = str(ROOT / "configs" / "quick_start.yaml")
@@ -152,11 +157,73 @@ def test_unreadable_inputs_are_named_and_skipped(demo, images, photographs):
     assert status == 1
     for name in (*bad, *gone):
         assert sum(name in line for line in err) == 1, name
-    assert len(err) == 6
+    assert len(err) == 7 and "6 of the inputs could not be used" in err[-1]
     assert sorted(p.name for p in Path("out").iterdir()) == sorted(
         [f"{i}.png" for i in range(5)] + ["detections.json"]
     )
     assert len(read("out/detections.json")[0]["images"]) == 5
+
+
+def test_picture_of_any_shape_is_drawn_and_further_frames_are_told(demo, tmp_path):
+    (tmp_path / "in").mkdir()
+    pictures = {"thin": (2000, 2), "tall": (1, 900), "dot": (1, 1)}
+    for name, size in pictures.items():
+        Image.new("RGB", size, (90, 120, 40)).save(f"in/{name}.png")
+    first, second = (Image.new("RGB", (60, 40), color) for color in ("red", "blue"))
+    for name in ("frames.gif", "frames.webp", "pages.tif"):
+        first.save(f"in/{name}", save_all=True, append_images=[second])
+    status, _, err = demo("--input", "in", "--output", "out")
+    told = "has 2 frames or pages: only the first is used"
+    assert status == 0 and [told in line for line in err] == [True] * 3
+    coco, _ = read("out/detections.json")
+    assert {i["file_name"]: (i["width"], i["height"]) for i in coco["images"]} == {
+        **{f"{name}.png": size for name, size in pictures.items()},
+        **dict.fromkeys(["frames.gif", "frames.webp", "pages.tif"], (60, 40)),
+    }
+    assert len(list(Path("out").iterdir())) == 7
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_leaves_whole_files_of_the_images_before_it(
+    demo, images, monkeypatch, signum, status
+):
+    draw = VisualizationDemo.run_on_image
+
+    def run_on_image(self, image, scale, file_name):
+        if file_name == "2.png":
+            os.kill(os.getpid(), signum)
+        return draw(self, image, scale, file_name=file_name)
+
+    monkeypatch.setattr(VisualizationDemo, "run_on_image", run_on_image)
+    got, out, err = demo("--input", "photos", "--output", "out")
+    assert got == status and f"stopped by {signum.name}" in err[-1] and "3 images" in out
+    coco, _ = read("out/detections.json")
+    assert [image["file_name"] for image in coco["images"]] == ["0.png", "1.png", "2.png"]
+    names = ["0.png", "1.png", "2.png", "detections.json"]
+    assert sorted(path.name for path in Path("out").iterdir()) == names
+
+
+def test_threshold_of_the_last_evaluation_is_used_unless_one_is_given(run, images, tmp_path):
+    model = tmp_path / "run" / "model_final.pth"
+    model.parent.mkdir()
+    cfg = small_mask_rcnn(model, ["fig", "date", "nut"])
+    (model.parent / "config.yaml").write_text(cfg.dump())
+    scores = Predictor(cfg)("photos/0.png")["instances"].scores
+    middle = scores.sort().values[len(scores) // 2 :][:2].mean().item()
+
+    def number(*args):
+        args = ["--model", model.parent, "--input", "photos/0.png", "--output", "out", *args]
+        status, out, err = run(*args)
+        assert (status, err) == (0, [])
+        return len(read("out/detections.json")[0]["annotations"]), out
+
+    assert "scores of at least 0.50" in number()[1]
+    (model.parent / "threshold.json").write_text(json.dumps({"threshold": middle}))
+    count, out = number()
+    assert 0 < count == (scores > middle).sum() < len(scores)
+    assert f"scores of at least {middle:.2f}" in out
+    assert Predictor(cfg).threshold == middle
+    assert number("--threshold", "0")[0] > count
 
 
 def test_inputs_of_the_same_name_have_a_picture_each(demo, images):
@@ -213,6 +280,26 @@ def test_every_frame_of_a_video_is_drawn(demo, frames):
     ]
     assert {a["image_id"] for a in coco["annotations"]} <= set(range(1, 8))
     assert coco["annotations"]
+
+
+@pytest.mark.parametrize("rate", [0.0, np.nan, 90000.0])
+def test_video_without_a_frame_rate_gets_25(demo, frames, monkeypatch, rate):
+    open_video = cv2.VideoCapture
+
+    def open_without_rate(path):
+        video = open_video(path)
+
+        def get(key):
+            return rate if key == cv2.CAP_PROP_FPS else video.get(key)
+
+        return SimpleNamespace(isOpened=video.isOpened, read=video.read, get=get)
+
+    write_video("in.mp4", frames[:2])
+    with monkeypatch.context() as m:
+        m.setattr(cv2, "VideoCapture", open_without_rate)
+        assert demo("--video-input", "in.mp4", "--output", "out")[0] == 0
+    rate, drawn = read_video("out/in.mp4")
+    assert rate == 25 and len(drawn) == 2
 
 
 @pytest.mark.parametrize(

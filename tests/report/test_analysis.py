@@ -81,24 +81,6 @@ def test_missed_objects_and_false_detections(ground_truth):
     assert [detection["score"] for detection in detections] == [0.8, 0.7, 0.6]
 
 
-def test_best_score_has_the_highest_f1(analyze_boxes):
-    """Of four cats three are found, at 0.9, 0.8 and 0.3; false ones have 0.85 and, twice, 0.4."""
-    truth = [annotation(i, 1, 1, box(20 * i)) for i in range(1, 5)]
-    results = [
-        result(1, 1, box(20), 0.9), result(2, 1, box(0), 0.85), result(1, 1, box(40), 0.8),
-        result(2, 1, box(50), 0.4), result(2, 1, box(80), 0.4), result(1, 1, box(60), 0.3),
-        result(2, 5, box(80), 0.9),
-    ]  # fmt: skip
-    scores = analyze_boxes(truth, results).best_scores
-    assert list(scores) == ["cat"]  # no dogs
-    assert scores["cat"] == pytest.approx((0.3, 3 / 6, 3 / 4, 0.6))
-    scores = analyze_boxes(truth, results[:5]).best_scores
-    assert scores["cat"] == pytest.approx((0.8, 2 / 3, 2 / 4, 4 / 7))
-    nothing = analyze_boxes(truth, [])
-    assert nothing.best_scores["cat"] == (0, 0, 0, 0)
-    assert nothing.ap["AP"] == nothing.class_ap["cat"] == 0
-
-
 def test_confusion_matrix(ground_truth):
     truth = [annotation(1, 1, 1, box(0)), annotation(2, 1, 5, box(40)), annotation(3, 2, 5, box(0))]
     results = [
