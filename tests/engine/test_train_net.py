@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, launches_on_cpu, processes_of_test, wait_for
 
 from gnws_d2.config import load_config
+from gnws_d2.evaluation import best_thresholds, evaluate_results, read_truth
 
 TINY = [
     "SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()",
@@ -88,6 +89,11 @@ def test_train_resume_evaluate_and_report(fruits, tmp_path):
     ]
     trained, evaluated = (json.loads(path.read_text()) for path in files)
     assert len(trained) > 100 and trained == evaluated
+    truth = read_truth(options[2])
+    best, _ = best_thresholds(evaluate_results(truth, trained, "bbox", iou_threshold=0.5))
+    for directory in (output, tmp_path / "evaluated"):
+        threshold = json.loads((directory / "threshold.json").read_text())["threshold"]
+        assert threshold == best.threshold
 
     run = report("output", *options[:4], cwd=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -300,11 +306,13 @@ def test_new_training_forgets_the_checkpoints_of_another(fruits, tmp_path):
     keys += ["OUTPUT_DIR", "output", "DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", "1"]
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "last_checkpoint").write_text("model_0000999.pth")
+    (tmp_path / "output" / "threshold.json").write_text('{"threshold": 0.9}')
     process = start_train_net(*options, *keys, "SOLVER.MAX_ITER", "1000", datasets=tmp_path)
     wait_for((tmp_path / "output" / "model_0000000.pth").exists)
     os.killpg(process.pid, signal.SIGINT)
     run = end(process)
     assert run.returncode == 130 and "Traceback" not in run.stderr
     assert run.stdout.count("Stopped by SIGINT after iteration") == 1
+    assert not (tmp_path / "output" / "threshold.json").exists()
     assert (tmp_path / "output" / "last_checkpoint").read_text() in os.listdir(tmp_path / "output")
     assert processes_of_test() == []
