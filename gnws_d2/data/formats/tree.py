@@ -292,7 +292,7 @@ def _distance(label: str, picture: str, name: str) -> tuple[Any, ...]:
     common = next((i for i in range(shorter) if here[i] != there[i]), shorter)
     differing = [pair for pair in zip(here, there) if pair[0] != pair[1]]
     mirrored = len(here) == len(there) and len(differing) == 1 and not other_split
-    rank = 0 if here == there else 1 if mirrored or _place(here) == _place(there) else 2
+    rank = 0 if here == there else 1 if mirrored else 2 if _place(here) == _place(there) else 3
     below = there[: len(here)] != here
     exact = name not in (picture.rpartition("/")[2], stem(picture))
     return (rank, other_split, below, -common, exact)
