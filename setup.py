@@ -10,6 +10,7 @@ setup(
     entry_points={"console_scripts": ["gnws = gnws_tools.cli:main"]},
     package_data={
         "gnws_d2.model_zoo": ["*.json", "configs/*.yaml"],
+        "gnws_d2.prediction": ["sample.jpg"],
         "gnws_d2.report": ["*.html"],
     },
     python_requires=">=3.11",
@@ -49,6 +50,7 @@ setup(
             "pytest-xdist",
             "ruff",
             "sahi",
+            "trackers",
             "types-PyYAML",
             "uv",
         ],

@@ -4,12 +4,21 @@ from typing import TYPE_CHECKING, Any
 
 # These imports fill Detectron2's registries and catalogs.
 from . import checkpoint, data, model_zoo, modeling
-from .prediction import Predictor, to_supervision
+from .prediction import Predictor, sample_image, to_supervision
 
 if TYPE_CHECKING:
     from .finetuning import finetune
 
-__all__ = ["Predictor", "checkpoint", "data", "finetune", "model_zoo", "modeling", "to_supervision"]
+__all__ = [
+    "Predictor",
+    "checkpoint",
+    "data",
+    "finetune",
+    "model_zoo",
+    "modeling",
+    "sample_image",
+    "to_supervision",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,11 +13,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, mmdet_state
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from iopath.common.file_io import file_lock
 from warm import WarmPython
+
+from gnws_d2.checkpoint.catalog import checkpoint_urls
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -125,7 +129,10 @@ def warm():
 
 
 def make_checkout(checkout):
-    """The repository, with a few photographs as COCO and stand-ins for Slurm's commands."""
+    """
+    The repository, with a few photographs as COCO and as a video, published weights put there by
+    hand, and stand-ins for Slurm's commands.
+    """
     checkout.mkdir()
     for name in ("configs", "tests", "tools", "train_net.py"):
         (checkout / name).symlink_to(ROOT / name)
@@ -142,6 +149,17 @@ def make_checkout(checkout):
     for split in ("train2017", "val2017"):
         (datasets / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco))
         shutil.copytree(assets / "images", datasets / split)
+    writer = cv2.VideoWriter(
+        str(checkout / "video.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 25, (200, 150)
+    )
+    for name in ("0.jpg", "1.jpg"):
+        writer.write(cv2.resize(cv2.imread(str(assets / "images" / name)), (200, 150)))
+    writer.release()
+    (checkout / "cache" / "gnws_d2").mkdir(parents=True)
+    name = "mask_rcnn_R50_gnws_2x"
+    file_name = os.path.basename(checkpoint_urls()[name])
+    weights = {"meta": {}, "state_dict": mmdet_state(name)}
+    torch.save(weights, checkout / "cache" / "gnws_d2" / file_name)
     (checkout / "bin").mkdir()
     for name, text in SLURM.items():
         (checkout / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}")
@@ -168,6 +186,7 @@ def run(command, checkout, beside=None, status=0):
     """Run `command`, at the same time as `beside`."""
     path = [str(checkout / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": os.pathsep.join(path)}
+    environ["FVCORE_CACHE"] = "cache"
     environ.pop("DETECTRON2_DATASETS", None)
     other = beside and subprocess.Popen(beside, cwd=checkout, env=environ)
     done = subprocess.run(command, cwd=checkout, env=environ, capture_output=True, text=True)

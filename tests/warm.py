@@ -35,6 +35,7 @@ class WarmPython:
     def __enter__(self):
         environ = {**os.environ, "PYTHONPATH": str(ROOT)}
         environ.pop("DETECTRON2_DATASETS", None)
+        environ["FVCORE_CACHE"] = "cache"  # of the directory that a program runs in
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.server = subprocess.Popen(
             [sys.executable, "-c", SERVER], env=environ, text=True, **pipes

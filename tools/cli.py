@@ -173,9 +173,13 @@ def demo(parser: ArgumentParser) -> int:
     add("--output", required=True, metavar="DIR", help=text)
     text = "minimum score, from 0 to 1 (default: the best one in the last evaluation, or else 0.5)"
     add("--threshold", "--confidence-threshold", type=float, metavar="SCORE", help=text)
+    text = "also write the detections of images as labels to correct, to labels_FORMAT in --output"
+    add("--save-labels", choices=["labelme", "yolo", "voc", "coco"], help=text)
     add_dataset_argument(parser)
     add("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs, at the end")
     args = parser.parse_args()
+    if args.save_labels and not args.input:
+        parser.error("--save-labels needs --input: a video has no pictures to label")
     from gnws_d2.prediction.demo import run_demo
 
     return run_demo(args)

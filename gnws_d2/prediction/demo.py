@@ -19,6 +19,7 @@ from ..utils.errors import UserError, print_error
 from ..utils.files import atomic_write
 from ..utils.signals import catch_signals, received_signal
 from .drawing import LabelVisualizer
+from .labels import labels_directory, save_labels
 from .picture import find_images, num_frames
 from .predictor import Predictor, find_trained
 from .results import CocoDetections
@@ -104,6 +105,8 @@ def _run_on_images(args: argparse.Namespace) -> int:
     pictures = [name if cv2.haveImageWriter(name) else f"{name}.png" for name in names]
     pictures = [os.path.join(args.output, picture) for picture in pictures]
     _check_not_overwritten(paths, pictures)
+    if args.save_labels:
+        labels_directory(args.output, args.save_labels)  # fails before the work if it exists
     os.makedirs(args.output, exist_ok=True)
     demo = VisualizationDemo(args)
     notes = []
@@ -124,6 +127,8 @@ def _run_on_images(args: argparse.Namespace) -> int:
             with atomic_write(picture, "wb") as f:
                 f.write(cv2.imencode(os.path.splitext(picture)[1], drawn)[1])
         _write(demo, args.output, image_root=root)
+        if args.save_labels:
+            save_labels(demo.detections, args.output, args.save_labels, root)
         if errors:
             notes += [*map(str, errors), f"{len(errors)} of the inputs could not be used."]
         for note in notes:

@@ -76,6 +76,14 @@ def _download(url: str) -> bytes:
         raise BadImageError(f"Cannot download the image {url}: {e}.") from e
 
 
+def sample_image() -> str:
+    """
+    Return the path of a photograph that comes with the package: Grace Hopper, by J. S. Davis of the
+    US Navy, in the public domain.
+    """
+    return str(Path(__file__).parent / "sample.jpg")
+
+
 def find_images(path: str | Path) -> list[str]:
     """
     Return the sorted image files at a path.
