@@ -149,17 +149,18 @@ def make_checkout(checkout):
     for split in ("train2017", "val2017"):
         (datasets / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco))
         shutil.copytree(assets / "images", datasets / split)
-    writer = cv2.VideoWriter(
-        str(checkout / "video.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 25, (200, 150)
-    )
+    size, codec = (200, 150), cv2.VideoWriter.fourcc(*"mp4v")
+    writer = cv2.VideoWriter(str(checkout / "video.mp4"), codec, 25, size)
     for name in ("0.jpg", "1.jpg"):
-        writer.write(cv2.resize(cv2.imread(str(assets / "images" / name)), (200, 150)))
+        writer.write(cv2.resize(cv2.imread(str(assets / "images" / name)), size))
     writer.release()
-    (checkout / "cache" / "gnws_d2").mkdir(parents=True)
+    cache = checkout.parent / "cache"
+    (cache / "gnws_d2").mkdir(parents=True, exist_ok=True)
+    (checkout / "cache").symlink_to(cache)
     name = "mask_rcnn_R50_gnws_2x"
     file_name = os.path.basename(checkpoint_urls()[name])
     weights = {"meta": {}, "state_dict": mmdet_state(name)}
-    torch.save(weights, checkout / "cache" / "gnws_d2" / file_name)
+    torch.save(weights, cache / "gnws_d2" / file_name)
     (checkout / "bin").mkdir()
     for name, text in SLURM.items():
         (checkout / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}")
