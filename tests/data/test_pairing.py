@@ -299,3 +299,13 @@ def test_a_program_s_yaml_does_not_matter_and_that_of_the_data_does(tmp_path):
     write(tmp_path / "data.yaml", "names: !!python/tuple\n- red\n")
     with pytest.raises(UserError, match=r"data\.yaml is not valid YAML"):
         read_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("other", ["images", "data"])
+def test_a_mirrored_directory_is_nearer_than_one_with_a_directory_of_a_role_below(tmp_path, other):
+    picture(tmp_path / "images" / "a.jpg", "red")
+    picture(tmp_path / "images" / other / "a.jpg", "blue")
+    write(tmp_path / "labels" / "a.txt", "0 .2 .4 .3 .4\n")
+    write(tmp_path / "labels" / other / "a.txt", "1 .2 .4 .3 .4\n")
+    write(tmp_path / "data.yaml", "names: [red, blue]\n")
+    check_colors(tmp_path, read_dataset(str(tmp_path)))

@@ -1,4 +1,4 @@
-"""Polygons of masks, filled by pycocotools and, as Ultralytics does, by OpenCV."""
+"""Polygons of masks are filled by pycocotools as the masks, and have few points."""
 
 import cv2
 import numpy as np
@@ -39,8 +39,8 @@ def test_small_masks_are_exact(mask, one):
     polygons = outline_mask(encode_mask(mask), one)
     assert iou(polygons, mask) == 1
     assert len(polygons) == (1 if one else cv2.connectedComponents(mask)[0] - 1)
-    assert min(p.min() for p in polygons) >= 0
-    assert (np.max([p.max(0) for p in polygons], 0) <= mask.shape[::-1]).all()
+    points = np.concatenate(polygons)
+    assert [*points.min(0), *np.ptp(points, 0)] == pytest.approx(cv2.boundingRect(mask))
 
 
 @pytest.mark.parametrize("one", [False, True])
@@ -53,15 +53,31 @@ def test_random_masks_are_the_same(seed, one):
     for mask in (noise > rng.random(), line, blobs > np.median(blobs)):
         if mask.any():
             mask = mask.astype(np.uint8)
-            assert iou(outline_mask(encode_mask(mask), one), mask) > 0.98
+            polygons = outline_mask(encode_mask(mask), one)
+            assert iou(polygons, mask) > 0.98
+            # Also as YOLO rounds them.
+            size = np.array(mask.shape[::-1])
+            assert iou([(p / size).round(6) * size for p in polygons], mask) > 0.98
+            points = np.concatenate(polygons)
+            box = np.array([[*points.min(0), *np.ptp(points, 0)]])
+            box0 = np.array([cv2.boundingRect(mask)], float)
+            assert mask_util.iou(box, box0, [0]) > 0.98
 
 
-def test_large_masks_have_few_points_to_correct():
-    mask = np.zeros((600, 800), np.uint8)
-    cv2.ellipse(mask, (400, 300), (200, 120), 30, 0, 360, 1, -1)
+@pytest.mark.parametrize("radius", [5, 10, 20, 100, 300])
+def test_outlines_have_few_points_to_correct(radius):
+    mask = np.zeros((700, 800), np.uint8)
+    cv2.ellipse(mask, (400, 320), (radius, radius // 2), 30, 0, 360, 1, -1)
     (polygon,) = outline_mask(encode_mask(mask))
     assert iou([polygon], mask) > 0.98
-    assert len(polygon) < 40
+    assert len(polygon) <= 32
+
+
+def test_a_rectangle_has_four_points():
+    mask = np.zeros((30, 40), np.uint8)
+    mask[5:25, 10:13] = 1
+    (polygon,) = outline_mask(encode_mask(mask))
+    assert sorted(polygon.tolist()) == [[10, 5], [10, 25], [13, 5], [13, 25]]
 
 
 def test_a_small_hole_and_a_speckle_are_left_out_where_they_do_not_matter():
