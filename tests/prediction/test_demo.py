@@ -25,7 +25,7 @@ from pycocotools.coco import COCO
 
 from gnws_d2 import Predictor
 from gnws_d2.config import load_config
-from gnws_d2.data.formats import Notes, read_coco_files
+from gnws_d2.data.formats import Notes, read_coco_files, read_dataset
 from gnws_d2.prediction.demo import VisualizationDemo
 from gnws_d2.prediction.results import CocoDetections
 
@@ -226,6 +226,21 @@ def test_threshold_of_the_last_evaluation_is_used_unless_one_is_given(run, image
     assert number("--threshold", "0")[0] > count
 
 
+def test_saved_labels_are_the_detections_and_are_not_overwritten(demo, images):
+    args = ["--input", "photos", "--output", "out", "--save-labels", "yolo"]
+    status, out, err = demo(*args)
+    assert (status, err) == (0, []) and "5 pictures with labels to correct: out/labels_yolo" in out
+    coco, _ = read("out/detections.json")
+    (labels,) = read_dataset("out/labels_yolo", Notes()).values()
+    names = {c["id"]: c["name"] for c in coco["categories"]}
+    names_of_labels = {c["id"]: c["name"] for c in labels["categories"]}
+    assert sorted(names[a["category_id"]] for a in coco["annotations"]) == sorted(
+        names_of_labels[a["category_id"]] for a in labels["annotations"]
+    )
+    status, _, err = demo(*args)
+    assert status == 2 and "out/labels_yolo exists, and is not overwritten" in err[0]
+
+
 def test_inputs_of_the_same_name_have_a_picture_each(demo, images):
     Path("more/deep").mkdir(parents=True)
     shutil.copy("photos/0.png", "more/deep/1.png")
@@ -305,6 +320,7 @@ def test_video_without_a_frame_rate_gets_25(demo, frames, monkeypatch, rate):
 @pytest.mark.parametrize(
     "args, message",
     [
+        (["--video-input", "in.mp4", "--save-labels", "yolo"], "--save-labels needs --input"),
         (["--input", "gone.jpg", "*.gone"], "no image at gone.jpg. .* at [*].gone."),
         (["--input", "photos", "--output", "classes.json/out"], "classes.json/out: Not a dir"),
         (["--input", "photos", "--video-input", "in.mp4"], "not allowed with argument --input"),
