@@ -18,12 +18,9 @@ Detector = Callable[[Tensor], Detections]
 
 def detect(model: GeneralizedRCNN, image: Tensor) -> Detections:
     """
-    Run a model in evaluation mode on an image (3, H, W) of the network's input size.
-
-    Returns:
-        Detectron2's fields: "pred_boxes" (N, 4) in pixels of `image`, "scores" (N,),
-        "pred_classes" (N,) and, for a Mask R-CNN, "pred_masks" (N, 1, 28, 28), probabilities inside
-        the box.
+    Run a model in evaluation mode on an image (3, H, W) of the network's input size. Return
+    "pred_boxes" (N, 4) in pixels of `image`, "scores" (N,), "pred_classes" (N,) and, for a Mask
+    R-CNN, "pred_masks" (N, 1, 28, 28), probabilities inside the box.
     """
     with torch.no_grad():
         (instances,) = model.inference([{"image": image}], do_postprocess=False)
@@ -34,12 +31,8 @@ def detect(model: GeneralizedRCNN, image: Tensor) -> Detections:
 def compare_detections(expected: Detections, actual: Detections, cut: float) -> tuple[int, int]:
     """
     Return the number of expected detections with a match, and the number of detections on both
-    sides without one.
-
-    Args:
-        expected, actual: results of :func:`detect` on the same image.
-        cut: score below which the models drop detections. One that the other model may have just
-            below `cut` does not count as unmatched.
+    sides without one. Those that the other model may have just below `cut`, the score below which
+    the models drop detections, do not count.
     """
     # Detectron2's postprocessing also drops empty boxes.
     expected, actual = (

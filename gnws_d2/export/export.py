@@ -37,7 +37,6 @@ def export_model(
         cfg: config of a GeneralizedRCNN, with its ``MODEL.WEIGHTS``.
         format: "folded": ``config.yaml`` and ``model.pth``, for stock Detectron2. "torchscript":
             ``model.ts``, or "onnx": ``model.onnx``, from an image to the tensors of :func:`detect`.
-        output_dir: directory of the files.
         images: an image with objects that the model detects, or a directory, of which the first
             five are used.
         int8_max_drop: for "onnx": write ``model_int8.onnx`` instead (:func:`to_int8`), if no AP on
@@ -48,9 +47,7 @@ def export_model(
         The number of detections that were compared.
 
     Raises:
-        UserError: if the model cannot be exported or detects nothing on `images`, or if there is no
-            dataset for int8.
-        RunError: if the detections of the exported model differ, or if AP falls.
+        UserError: if the model cannot be exported; RunError: if detections differ or AP falls.
     """
     if format != "folded" and (cfg.TEST.AUG.ENABLED or cfg.MODEL.KEYPOINT_ON):
         raise UserError(f"--format {format} needs TEST.AUG.ENABLED and MODEL.KEYPOINT_ON False.")

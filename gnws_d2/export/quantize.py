@@ -30,28 +30,20 @@ _AP_NAMES = {"bbox": "box AP", "segm": "mask AP"}
 
 def quantize_onnx(data: bytes, images: Sequence[Tensor]) -> bytes:
     """
-    Quantize the convolutions of an ONNX model to int8 (QDQ format).
+    Quantize the convolutions of an ONNX file to int8 (QDQ format), with the ranges of activations
+    on `images` (3, H, W).
 
-    Weights are int8 with a scale for each output channel. They use 7 bits, so that the 16-bit sums
-    of CPUs without VNNI do not saturate. Activations are uint8: int8 ones are slower than float32
-    in ONNX Runtime on x86.
-
-    Args:
-        data: an ONNX file of :func:`to_onnx`.
-        images: images (3, H, W), the network's input, that give the ranges of the activations.
-
-    Returns:
-        An ONNX file with the same inputs and outputs.
+    Weights have a scale for each output channel. They use 7 bits, so that the 16-bit sums of CPUs
+    without VNNI do not saturate. Activations are uint8: int8 ones are slower than float32 in ONNX
+    Runtime on x86.
     """
     from onnxruntime import quantization  # an optional requirement
 
     class Reader(quantization.CalibrationDataReader):
-        def __init__(self):
-            self.images = iter(images)
+        inputs = ({"image": image.numpy()} for image in images)
 
         def get_next(self) -> dict | None:
-            image = next(self.images, None)
-            return None if image is None else {"image": image.numpy()}
+            return next(self.inputs, None)
 
     with tempfile.TemporaryDirectory() as tmp:
         source, target = Path(tmp, "model.onnx"), Path(tmp, "model_int8.onnx")
@@ -71,15 +63,9 @@ def quantize_onnx(data: bytes, images: Sequence[Tensor]) -> bytes:
 
 def to_int8(cfg: CfgNode, data: bytes, images: Sequence[Tensor], max_drop: float) -> bytes:
     """
-    Quantize an ONNX model (:func:`quantize_onnx`). Log its AP on the first dataset of
-    ``DATASETS.TEST``, its size and its speed, and those of the float32 model.
-
-    Returns:
-        The ONNX file of the quantized model.
-
-    Raises:
-        RunError: if an AP falls by more than `max_drop` points.
-        UserError: if the dataset has no objects.
+    Quantize an ONNX file (:func:`quantize_onnx`). Log its AP on the first dataset of
+    ``DATASETS.TEST``, its size and its speed, and those in float32. Raise :class:`RunError` if an
+    AP falls by more than `max_drop` points.
     """
     logger.info(f"Quantizing with the ranges of activations on {len(images)} images ...")
     models = {"float32": data, "int8": quantize_onnx(data, images)}
@@ -105,9 +91,6 @@ def evaluate_detector(cfg: CfgNode, detector: Detector) -> dict[str, float]:
     """
     Return the AP of a detector on the first dataset of ``DATASETS.TEST``, as ``--eval-only``
     computes it: "bbox" and, for a Mask R-CNN, "segm".
-
-    Raises:
-        UserError: if the dataset has no objects.
     """
     name = cfg.DATASETS.TEST[0]
     loader = build_detection_test_loader(cfg, name, mapper=OpenCVDatasetMapper(cfg, False))

@@ -32,10 +32,7 @@ class Analysis:
 
 
 def analyze(evaluation: Any) -> Analysis:
-    """
-    Args:
-        evaluation: the return value of :func:`evaluate_results`.
-    """
+    """Break down the return value of :func:`evaluate_results`."""
     # (IoU thresholds, recall levels, classes), for all areas and the highest number of detections
     precision, scores = (evaluation.eval[k][:, :, :, 0, -1] for k in ("precision", "scores"))
     precision = np.ma.masked_less(precision, 0)
@@ -62,14 +59,11 @@ def analyze(evaluation: Any) -> Analysis:
 def find_mistakes(evaluation: Any) -> dict[Any, tuple[set[Any], set[int]]]:
     """
     Return for each image id the ids of the annotations that were missed, crowds aside, and of the
-    false detections.
-
-    Args:
-        evaluation: the return value of :func:`evaluate_results` with an ``iou_threshold``, of the
-            detections that count.
+    false detections in an evaluation with an ``iou_threshold``.
     """
-    mistakes: dict[Any, tuple[set[Any], set[int]]]
-    mistakes = {image_id: (set(), set()) for image_id in evaluation.cocoGt.getImgIds()}
+    mistakes: dict[Any, tuple[set[Any], set[int]]] = {
+        image_id: (set(), set()) for image_id in evaluation.cocoGt.getImgIds()
+    }
     for match in filter(None, evaluation.evalImgs):
         missed, false = mistakes[match["image_id"]]
         false.update(id for id, skip in zip(match["dtIds"], match["dtIgnore"][0]) if not skip)
@@ -85,16 +79,9 @@ def confusion_matrix(
     evaluation: Any, threshold: float, limit: int = 15
 ) -> tuple[list[str], np.ndarray]:
     """
-    Count by class what was detected where the objects are, at IoU 0.5.
-
-    Args:
-        evaluation: see :func:`analyze`.
-        threshold: the lowest score of a detection that counts.
-        limit: the number of classes; those that are confused most.
-
-    Returns:
-        The names of n classes, and (n + 1, n + 1) numbers of objects, by class (rows) and by the
-        class of the detection (columns); the last row and column are background.
+    Return the names of the n <= `limit` classes that are confused most, and (n + 1, n + 1) numbers
+    of objects, by class (rows) and by the class of the detection (columns), at IoU 0.5 and with a
+    score of at least `threshold`. The last row and column are background.
     """
     confusion = evaluation.confusion_matrix(iou_thr=0.5, min_score=threshold)
     names, matrix = confusion["cat_names"], confusion["matrix"].astype(int)

@@ -34,15 +34,8 @@ _CORRECT, _MISTAKE = "#3b9dff", "#ff8a1f"  # distinct for the color-blind
 
 def make_report(run_dir: str, datasets: list[list[str]]) -> None:
     """
-    Write ``report.html`` into the directory of a run, and print AP.
-
-    Args:
-        run_dir: see :func:`read_run`.
-        datasets: the datasets that the run was tested on, if its config does not have their paths:
-            see :func:`register_coco_datasets`.
-
-    Raises:
-        UserError: if the run or a dataset does not exist, cannot be read or does not fit.
+    Write ``report.html`` into the directory of a run, and print AP. `datasets` are those that the
+    run was tested on, if its config does not have their paths (:func:`register_coco_datasets`).
     """
     run = read_run(run_dir, datasets)
     register_coco_datasets(run.cfg.DATASETS.COCO)
@@ -128,10 +121,8 @@ def _evaluate(run: Run, dataset_name: str) -> dict[str, Any]:
 
 def _precision_chart(analysis: Analysis) -> str:
     recall = np.linspace(0, 1, analysis.precision.shape[1])
-    curves = {
-        f"IoU {iou:.2f}": (recall, analysis.precision[i])
-        for i, iou in ((0, 0.5), (5, 0.75), (8, 0.9))
-    }
+    rows = {"IoU 0.50": 0, "IoU 0.75": 5, "IoU 0.90": 8}
+    curves = {name: (recall, analysis.precision[i]) for name, i in rows.items()}
     return line_chart(curves, "recall", "precision", 1.02)
 
 
@@ -196,9 +187,8 @@ def _draw(
     )
     truth = [a for a in truth if not a.get("iscrowd")]
     (image_info,) = evaluation.cocoGt.loadImgs([image_id])
-    file_name = image_info["file_name"]
-    root = MetadataCatalog.get(dataset).image_root
-    image = read_image(os.path.join(root, file_name), "RGB")
+    path = os.path.join(MetadataCatalog.get(dataset).image_root, image_info["file_name"])
+    image = read_image(path, "RGB")
 
     def draw(objects: list[dict[str, Any]], wrong: set[Any]) -> str:
         names = [c["name"] for o in objects for c in evaluation.cocoGt.loadCats(o["category_id"])]
@@ -211,8 +201,8 @@ def _draw(
     return {
         "truth": draw(truth, missed),
         "detections": draw(detections, false),
-        "caption": f"{file_name} (image {image_id}): {len(missed)} of {len(truth)} missed, "
-        f"{len(false)} false",
+        "caption": f"{image_info['file_name']} (image {image_id}): {len(missed)} of {len(truth)} "
+        f"missed, {len(false)} false",
     }
 
 

@@ -33,14 +33,7 @@ class Run:
 
 
 def read_run(path: str, datasets: Sequence[Sequence[str]] = ()) -> Run:
-    """
-    Args:
-        path: ``OUTPUT_DIR`` of a run, which may have been moved, be unfinished or only evaluated.
-        datasets: see :func:`load_config`.
-
-    Raises:
-        UserError: if there is no run in `path`, or its files cannot be read.
-    """
+    """Read the ``OUTPUT_DIR`` of a run, which may be moved, unfinished or only evaluated."""
     config_file = os.path.join(path, "config.yaml")
     if not os.path.isfile(config_file):
         raise UserError(f"{path} is not the OUTPUT_DIR of a run: {config_file} does not exist.")

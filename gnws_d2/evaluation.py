@@ -19,10 +19,10 @@ from detectron2.evaluation import COCOEvaluator as _COCOEvaluator
 from detectron2.evaluation import print_csv_format
 from detectron2.utils.file_io import PathManager
 
-from ..data.check import read_coco_json
-from ..utils.errors import UserError
-from ..utils.files import atomic_write
-from ..utils.signals import stop_together
+from .data.check import read_coco_json
+from .utils.errors import UserError
+from .utils.files import atomic_write
+from .utils.signals import stop_together
 
 _COCO_KEYPOINTS, _COCO_MAX_DETS = 17, 100
 _FIELDS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
@@ -60,12 +60,7 @@ class COCOEvaluator(_COCOEvaluator):
     def evaluate_results(
         self, results: list[dict[str, Any]], img_ids: list[int] | None = None
     ) -> dict[str, Any]:
-        """
-        Compute AP of detections in COCO's results format, with the category ids of the file.
-
-        Raises:
-            ValueError: see :func:`evaluate_results`.
-        """
+        """Compute AP of detections in COCO's results format (:func:`evaluate_results`)."""
         if not self._do_evaluation:
             self._logger.info("There are no annotations to compute AP with.")
             return {}
@@ -87,12 +82,7 @@ class COCOEvaluator(_COCOEvaluator):
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-    """
-    Build the evaluator of COCO AP for what the model predicts: boxes, masks and keypoints.
-
-    Raises:
-        UserError: if the dataset has another evaluator_type, such as LVIS's.
-    """
+    """Build the evaluator of COCO AP for what the model predicts: boxes, masks and keypoints."""
     _check_type(dataset_name)
     return COCOEvaluator(
         dataset_name,
@@ -114,12 +104,7 @@ def max_dets(cfg: CfgNode, dataset_name: str) -> int:
 
 
 def evaluate_predictions(cfg: CfgNode) -> dict[str, Any]:
-    """
-    Compute the AP of the file ``TEST.PREDICTIONS`` on the dataset of ``DATASETS.TEST``.
-
-    Raises:
-        UserError: if the file cannot be read, or does not fit the dataset.
-    """
+    """Compute the AP of the file ``TEST.PREDICTIONS`` on the dataset of ``DATASETS.TEST``."""
     (name,) = cfg.DATASETS.TEST
     DatasetCatalog.get(name)  # fills in the class names
     results = read_results(cfg.TEST.PREDICTIONS)
@@ -154,13 +139,7 @@ def _check_type(dataset_name: str) -> None:
 
 
 def read_truth(json_file: str) -> hotcoco.COCO:
-    """
-    Read an annotation file for :func:`evaluate_results`.
-
-    Raises:
-        UserError: see :func:`read_coco_json`; or if hotcoco does not support the content, such as
-            ids that are strings.
-    """
+    """Read an annotation file for :func:`evaluate_results`, or raise :class:`UserError`."""
     with contextlib.suppress(ValueError, OSError):  # it reads most files itself, and faster
         return hotcoco.COCO(PathManager.get_local_path(json_file))
     coco = read_coco_json(json_file)
@@ -180,22 +159,16 @@ def evaluate_results(
     max_dets: int | None = None,
 ) -> hotcoco.COCOeval:
     """
+    Evaluate detections in COCO's results format, accumulated and summarized. Raise ValueError if
+    they are not of the dataset, or have another format.
+
     Args:
-        truth: the ground truth, of :func:`read_truth`.
-        results: the detections in COCO's results format, as in ``coco_instances_results.json``.
-            May be empty.
         task: "bbox", "segm" or "keypoints".
         img_ids: the images to evaluate on (default: all).
         iou_threshold: match at this IoU alone, objects of all sizes, without AP.
         kpt_oks_sigmas: the sigma of each keypoint (default: COCO's 17).
         max_dets: the number of detections in an image that count (default: as many as `results`
             have in one, and at least COCO's 100).
-
-    Returns:
-        The evaluation, with accumulated and summarized AP unless `iou_threshold` is given.
-
-    Raises:
-        ValueError: if the results are not of the dataset, or have another format.
     """
     # With a box, the API takes its area for the area of the mask. It also adds keys.
     left_out = "bbox" if task == "segm" else None
@@ -229,12 +202,7 @@ def evaluate_results(
 
 
 def results_json(output_dir: str, cfg: CfgNode, dataset_name: str) -> str:
-    """
-    Return the path of the predictions on a dataset of ``DATASETS.TEST``, in COCO's results format.
-
-    Args:
-        output_dir: ``OUTPUT_DIR`` of a run, which may have been moved.
-    """
+    """Return the path of the predictions on a dataset in an ``OUTPUT_DIR``."""
     # A directory for each dataset: Detectron2 would overwrite the results of the one before.
     name = dataset_name.lstrip(os.sep) if len(cfg.DATASETS.TEST) > 1 else ""
     return os.path.join(output_dir, "inference", name, "coco_instances_results.json")
