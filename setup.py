@@ -20,6 +20,7 @@ setup(
         "fvcore",
         "hotcoco>=1.3",
         "iopath",
+        "Jinja2",
         "matplotlib",
         "numpy",
         "opencv-python",
@@ -34,7 +35,6 @@ setup(
     ],
     # What single tools need besides.
     extras_require={
-        "report": ["Jinja2"],
         "onnx": ["onnx", "onnxruntime"],
         "wandb": ["wandb"],
         "hub": ["huggingface-hub>=1.0", "safetensors"],

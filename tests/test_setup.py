@@ -76,31 +76,30 @@ def fake_uv(tmp_path, bare_python):
 
 
 def test_unsuitable_python_is_named(setup_env, tmp_path):
-    old = tmp_path / "python3.10"
-    old.write_text("#!/bin/sh\nexit 1\n")  # which is how it answers that it is too old
-    old.chmod(0o755)
-    for python in ("no-such-python", "/no/such/python", str(old)):
-        run = setup_env(PYTHON=python)
-        assert run.returncode == 2
-        message = f"setup_env.sh: error: '{python}' is not Python 3.11 or later: "
-        assert run.stderr.startswith(message) and run.stderr.count("\n") == 1
-
-
-def test_set_up_and_setup_py_ask_for_the_same_python():
-    needed = re.search(r'python_requires=">=3\.(\d+)"', (ROOT / "setup.py").read_text())[1]
-    assert f"sys.version_info < (3, {needed})" in (ROOT / "tools" / "setup_env.sh").read_text()
+    needed = re.search(r'python_requires=">=(3\.\d+)"', (ROOT / "setup.py").read_text())[1]
+    python = {"old": "exit 1", "bare": f'[ "$2" != venv ] || exit 1\nexec {sys.executable} -S "$@"'}
+    for name, text in python.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    path = [d for d in os.environ["PATH"].split(os.pathsep) if not Path(d, "uv").exists()]
+    for python, message in (
+        ("no-such-python", f"is not Python {needed} or later: "),
+        ("/no/such/python", f"is not Python {needed} or later: "),
+        (str(tmp_path / "old"), f"is not Python {needed} or later: "),
+        (str(tmp_path / "bare"), "cannot make a virtual environment: it needs its module venv"),
+    ):
+        run = setup_env(PYTHON=python, PATH=os.pathsep.join(path))
+        assert run.returncode == 2 and not (setup_env.checkout / ".venv").exists()
+        assert f"setup_env.sh: error: '{python}' {message}" in run.stderr
 
 
 @pytest.mark.parametrize(
     "extras, message",
     [
-        (["reprot"], "'reprot' is not an extra of setup.py, which has: report onnx wandb dev."),
+        (["reprot"], "'reprot' is not an extra of setup.py, which has: onnx wandb hub"),
         (["dev,reprot"], "'reprot' is not an extra"),
         (["--help"], "'--help' is not an extra"),
-        (
-            ["report", "onnx"],
-            "give the extras as one argument, as in dev,report; got 'report onnx'.",
-        ),
+        (["dev", "onnx"], "give the extras as one argument, as in dev,onnx; got 'dev onnx'."),
     ],
 )
 def test_misspelled_extras_are_refused_before_anything_is_installed(
@@ -112,30 +111,14 @@ def test_misspelled_extras_are_refused_before_anything_is_installed(
     assert not log.exists() and not (setup_env.checkout / ".venv").exists()
 
 
-def test_paths_are_those_of_the_directory_that_the_user_is_in(setup_env, fake_uv, tmp_path):
-    environ, log, _ = fake_uv
-    environ = {k: v.replace(f"{tmp_path}/", "") for k, v in environ.items() if k != "PATH"}
-    run = setup_env(cwd=tmp_path, PATH=fake_uv[0]["PATH"], **environ)
-    assert run.returncode == 0, run.stderr
-    assert fake_uv[0]["DETECTRON2"] in log.read_text()
-
-
-def test_python_without_venv_is_named(setup_env, tmp_path):
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\n[ "$2" != venv ] || exit 1\nexec {sys.executable} -S "$@"\n')
-    python.chmod(0o755)
-    # A PATH without uv.
-    path = [d for d in os.environ["PATH"].split(os.pathsep) if not Path(d, "uv").exists()]
-    run = setup_env(PYTHON=str(python), PATH=os.pathsep.join(path))
-    assert run.returncode == 2 and "it needs its module venv (on Debian and Ubuntu" in run.stderr
-    assert not (setup_env.checkout / ".venv").exists()
-
-
 def test_uv_installs_the_tested_versions_with_the_wanted_build_of_pytorch_and_index(
-    setup_env, fake_uv
+    setup_env, fake_uv, tmp_path
 ):
     environ, log, _ = fake_uv
-    run = setup_env("dev", **environ, TORCH_BACKEND="cpu", PIP_INDEX_URL="https://mirror/simple")
+    # Paths are those of the user's directory.
+    variables = {name: value.removeprefix(f"{tmp_path}/") for name, value in environ.items()}
+    variables |= {"TORCH_BACKEND": "cpu", "PIP_INDEX_URL": "https://mirror/simple"}
+    run = setup_env("dev", cwd=tmp_path, **{**variables, "PATH": environ["PATH"]})
     assert run.returncode == 0, run.stderr
     python = setup_env.checkout / ".venv" / "bin" / "python"
     assert run.stdout == f"{python}\n"
@@ -290,7 +273,6 @@ def test_wheel_has_the_python_files_and_configs_alone(detectron2_checkout, tmp_p
     "source, message",
     [
         ("git+", " cannot be cloned"),
-        ("git+file:///no/such/detectron2.git", "file:///no/such/detectron2.git cannot be cloned"),
         ("git+file:///no/such.git@02b5c4e", "file:///no/such.git cannot be cloned"),
         ("/no/such/checkout", "DETECTRON2=/no/such/checkout does not exist. It is a checkout,"),
         (
@@ -335,7 +317,7 @@ def test_revisions_and_copies_of_the_release_get_its_edits(detectron2_checkout, 
     assert run.returncode == 0, run.stderr
     with zipfile.ZipFile(run.stdout.strip()) as wheel:
         read = {name: wheel.read(f"detectron2/{name}").decode() for name in ("_C.py", *files)}
-    assert "def get_compiler_version" in read["_C.py"]
+    assert "get_compiler_version = " in read["_C.py"]
     assert read["export/__init__.py"] == "from .flatten import TracingAdapter\n"
     assert read["data/transforms/transform.py"] == "mode = Image.BILINEAR\n"
 

@@ -20,9 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
-import threading
 import urllib.parse
 import urllib.request
 import zipfile
@@ -40,12 +38,8 @@ _RELEASE_EDITS = [
     ("detectron2/export/__init__.py", r"from \.api import .*\n", ""),  # caffe2, until PyTorch 2.0
 ]
 # v0.6 imports its compiled operators for layers that GN+WS models do not have, and logs these.
-_RELEASE_C = """
-def get_compiler_version():
-    return "not compiled"
-
-
-get_cuda_version, has_cuda = get_compiler_version, lambda: False
+_RELEASE_C = """get_compiler_version = get_cuda_version = lambda: "not compiled"
+has_cuda = lambda: False
 """
 _PYPROJECT = """
 [build-system]
@@ -70,13 +64,7 @@ class SourceError(Exception):
 
 
 def build_wheel(requirements: str, directory: str) -> str:
-    """
-    Returns:
-        The path of the wheel, in `directory`.
-
-    Raises:
-        SourceError: if Detectron2 cannot be had, or is not Detectron2.
-    """
+    """Return the path of the wheel, in `directory`."""
     source = os.environ.get("DETECTRON2", "")
     if source.endswith(".whl") and os.path.isfile(source):
         if not zipfile.is_zipfile(source):
@@ -102,7 +90,7 @@ def _get_source(source: str, tree: Path) -> str:
     if source == "v0.6":
         return _get_release(tree)
     if source.startswith("git+"):
-        url = urllib.parse.urlsplit(source[len("git+") :])
+        url = urllib.parse.urlsplit(source.removeprefix("git+"))
         path, _, revision = url.path.partition("@")
         _clone(url._replace(path=path).geturl(), revision, tree)
     elif os.path.isfile(source):
@@ -118,11 +106,11 @@ def _get_source(source: str, tree: Path) -> str:
 
 
 def _get_pinned(url: str, commit: str, tree: Path) -> str:
-    archive = tree / "archive.tar.gz"
+    # In a process, as looking up a name has no timeout.
+    ask = "import sys, urllib.request; urllib.request.urlopen(sys.argv[1])"
     try:
-        _check_reachable(url)
-        archive.write_bytes(_download(f"{url}/archive/{commit}.tar.gz"))
-        _unpack(str(archive), tree)
+        _run(sys.executable, "-c", ask, url, timeout=_TIMEOUT)
+        _download(f"{url}/archive/{commit}.tar.gz", tree)
         (tree / "commit").write_text(commit)
     except SourceError:
         _clone(f"{url}.git", commit, tree, _TIMEOUT)
@@ -141,11 +129,7 @@ def _get_release(tree: Path) -> str:
             "another source (a checkout, an archive, a wheel, git+https://MIRROR/detectron2.git). "
             f"{_first_line(done.stderr)}"
         )
-    archive = tree / "archive.tar.gz"
-    archive.write_bytes(_download(urls[0]))
-    if hashlib.sha256(archive.read_bytes()).hexdigest() != _RELEASE_SHA256:
-        raise SourceError(f"{urls[0]} has another SHA-256 than {_RELEASE_SHA256}.")
-    _unpack(str(archive), tree)
+    _download(urls[0], tree, _RELEASE_SHA256)
     return "the release v0.6 of the package index"
 
 
@@ -153,45 +137,34 @@ def _first_line(reason: object) -> str:
     return str(reason).strip().partition("\n")[0]
 
 
-def _check_reachable(url: str) -> None:
-    answers = []
-
-    def ask() -> None:
-        with contextlib.suppress(OSError, HTTPException):
-            request = urllib.request.Request(url, method="HEAD")
-            answers.append(urllib.request.urlopen(request, timeout=_TIMEOUT))
-
-    # In a thread, as looking up a name has no timeout.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_TIMEOUT)
-    if not answers:
-        raise SourceError(f"{url} cannot be reached.")
+def _run(*command: str, timeout: float | None = None) -> str:
+    run: dict[str, Any] = {"check": True, "capture_output": True, "text": True}
+    run["env"] = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+    try:
+        return subprocess.run(command, timeout=timeout, **run).stdout
+    except (OSError, subprocess.SubprocessError) as e:
+        raise SourceError(_first_line(getattr(e, "stderr", None) or e)) from e
 
 
-def _download(url: str) -> bytes:
+def _download(url: str, tree: Path, sha256: str = "") -> None:
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
-            return response.read()
+            data = response.read()
     except (OSError, HTTPException) as e:
         raise SourceError(f"{url} cannot be downloaded: {e}.") from e
+    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+        raise SourceError(f"{url} has another SHA-256 than {sha256}.")
+    (tree / "archive.tar.gz").write_bytes(data)
+    _unpack(str(tree / "archive.tar.gz"), tree)
 
 
 def _unpack(archive: str, tree: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            if zipfile.is_zipfile(archive):
-                with zipfile.ZipFile(archive) as file:
-                    file.extractall(temporary)
-            else:
-                # Python 3.11 has filters from 3.11.4 on.
-                safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-                with tarfile.open(archive) as tar:
-                    tar.extractall(temporary, **safe)
-        except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as e:
-            raise SourceError(
-                f"{archive} is not an archive of Detectron2: {_first_line(e)}."
-            ) from e
+            shutil.unpack_archive(archive, temporary)
+        except Exception as e:  # a damaged file can fail in any way
+            reason = _first_line(e)
+            raise SourceError(f"{archive} is not an archive of Detectron2: {reason}.") from e
         roots = [Path(temporary), *Path(temporary).iterdir()]
         root = next((d for d in roots if (d / "detectron2" / "__init__.py").is_file()), None)
         if root is None:
@@ -200,17 +173,13 @@ def _unpack(archive: str, tree: Path) -> None:
 
 
 def _clone(url: str, revision: str, tree: Path, timeout: float | None = None) -> None:
-    run: dict[str, Any] = {"check": True, "capture_output": True, "text": True}
-    run["env"] = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
     with tempfile.TemporaryDirectory() as clone:
-        git = ["git", "-C", clone]
         try:
-            subprocess.run([*git, "ls-remote", url, "HEAD"], timeout=timeout, **run)
-            subprocess.run([*git, "clone", "-q", url, "."], **run)
-            subprocess.run([*git, "checkout", "-q", revision or "HEAD"], **run)
-        except (OSError, subprocess.SubprocessError) as e:
-            reason = _first_line(getattr(e, "stderr", None) or e)
-            raise SourceError(f"{url} cannot be cloned: {reason}") from e
+            _run("git", "ls-remote", url, "HEAD", timeout=timeout)
+            _run("git", "clone", "-q", url, clone)
+            _run("git", "-C", clone, "checkout", "-q", revision or "HEAD")
+        except SourceError as e:
+            raise SourceError(f"{url} cannot be cloned: {e}") from e
         _copy(Path(clone), tree)
 
 
@@ -225,29 +194,23 @@ def _copy(source: Path, tree: Path) -> None:
     if (source / "configs").is_dir():
         configs = tree / "detectron2" / "model_zoo" / "configs"
         shutil.copytree(source / "configs", configs, dirs_exist_ok=linked)
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "-C", str(source), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, check=True, capture_output=True).stdout
-        (tree / "commit").write_bytes(commit if (source / ".git").exists() else b"")
-
-
-def _edit_release(tree: Path) -> None:
-    for pattern, before, after in _RELEASE_EDITS:
-        for path in tree.glob(pattern):
-            path.write_text(re.sub(before, after, path.read_text()))
-    (tree / "detectron2" / "_C.py").write_text(_RELEASE_C.lstrip())
+    if (source / ".git").exists():
+        with contextlib.suppress(SourceError):
+            (tree / "commit").write_text(_run("git", "-C", str(source), "rev-parse", "HEAD"))
 
 
 def _build(tree: Path, directory: str) -> str:
     # Later versions do without the compiled operators, and have the same version number.
     layer = tree / "detectron2" / "layers" / "deform_conv.py"
     if layer.is_file() and re.search(r"^from detectron2 import _C", layer.read_text(), re.M):
-        _edit_release(tree)
+        for pattern, before, after in _RELEASE_EDITS:
+            for path in tree.glob(pattern):
+                path.write_text(re.sub(before, after, path.read_text()))
+        (tree / "detectron2" / "_C.py").write_text(_RELEASE_C)
     text = (tree / "detectron2" / "__init__.py").read_text()
     (version,) = re.findall(r'^__version__ = "(.*)"', text, re.M)
-    with contextlib.suppress(FileNotFoundError):
-        # Detectron2 has not changed its version since v0.6.
-        version += f"+{(tree / 'commit').read_text()[:7]}".rstrip("+")
+    if (tree / "commit").is_file():  # Detectron2 has not changed its version since v0.6
+        version += f"+{(tree / 'commit').read_text()[:7]}"
     setup = ast.parse((tree / "setup.py").read_text())
     keywords = (k for node in ast.walk(setup) for k in getattr(node, "keywords", ()))
     dependencies = next(ast.literal_eval(k.value) for k in keywords if k.arg == "install_requires")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up, then run the tests, two at a time. Arguments go to pytest.
 set -euo pipefail
-python=$(bash "$(dirname "$0")/setup_env.sh" dev,hub,onnx,report,supervision,wandb)
+python=$(bash "$(dirname "$0")/setup_env.sh" dev,hub,onnx,supervision,wandb)
 cd "$(dirname "$0")/.."
 OMP_NUM_THREADS=1 "$python" -m pytest -n 2 --dist worksteal "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up the environment and print its Python: .venv with the versions of requirements.txt, or, if
 # the Python in use already has Detectron2, that Python as it is, with only what is missing.
-# The argument names the extras of setup.py to install (default: report).
+# The argument names the extras of setup.py to install, as in dev,onnx (default: none).
 #
 #   PYTHON=python3.12    the Python to start from (default: python3)
 #   DETECTRON2=SOURCE    where to get Detectron2 from: a checkout, an archive, a wheel or
@@ -23,11 +23,10 @@ python=${PYTHON:-python3}
 [ ! -e "${DETECTRON2:-}" ] || export DETECTRON2=$(absolute "$DETECTRON2")
 cd "$(dirname "$0")/.."
 
-extras=${1:-report}
+extras=${1:-}
 known=$(sed -n '/extras_require/,$ s/^        "\(.*\)": \[.*/\1/p' setup.py | xargs)
-[ $# -le 1 ] || fail "give the extras as one argument, as in dev,report; got '$*'."
-IFS=, read -ra names <<<"$extras"
-for name in "${names[@]}"; do
+[ $# -le 1 ] || fail "give the extras as one argument, as in dev,onnx; got '$*'."
+for name in ${extras//,/ }; do
     [[ " $known " == *" $name "* ]] || fail "'$name' is not an extra of setup.py, which has: $known."
 done
 
@@ -38,7 +37,7 @@ detectron2_version() {
 }
 
 # What is set up already need not be looked at again.
-done=.venv/.set_up/$extras
+done=.venv/.set_up/extras-$extras
 state=$(cat setup.py requirements.txt | cksum)
 own=$(detectron2_version "$python" || true) # of the user's own environment, which is used as it is
 [ ! "$("$python" -c 'import sys; print(sys.prefix)')" -ef .venv ] || own= # activated
@@ -126,7 +125,7 @@ else
     install -q pip setuptools
     wheel=$("$python" tools/detectron2_wheel.py requirements.txt "$temporary") || exit 2
 fi
-install ${wheel:+"$wheel"} -e ".[$extras]"
+install ${wheel:+"$wheel"} -e ".${extras:+[$extras]}"
 if [ -z "$own" ]; then
     mkdir -p .venv/.set_up
     [ -f .venv/.set_up/variables ] || printf '%s\n' "DETECTRON2=${DETECTRON2:-}" \

@@ -37,7 +37,6 @@ class GNWSCheckpointer(DetectionCheckpointer):
     ):
         """
         Args:
-            args, kwargs, strict: see above and :class:`DetectionCheckpointer`.
             classes: class names by category id, in Detectron2's order; by default, taken from
                 the checkpoint that is loaded.
             config: the config to save, as YAML.
@@ -52,10 +51,7 @@ class GNWSCheckpointer(DetectionCheckpointer):
             return
         data = {key: obj.state_dict() for key, obj in self.checkpointables.items()} | kwargs
         data |= {"model": self.model.state_dict(), "weight_standardization": self._standardized()}
-        if self.classes:
-            data["classes"] = self.classes
-        if self.config:
-            data["config"] = self.config
+        data |= {k: v for k, v in {"classes": self.classes, "config": self.config}.items() if v}
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
         save_checkpoint(data, path)

@@ -149,10 +149,6 @@ class _Unpickler(pickle.Unpickler):
         raise UserError(f"loading it would run {module}.{name}")
 
 
-def _unpickle(file: Any, **kwargs: Any) -> Any:
-    return _Unpickler(file, **kwargs).load()
-
-
 def _read(file: str, **kwargs: Any) -> Any:
     kwargs["map_location"] = "cpu"
     try:
@@ -162,7 +158,8 @@ def _read(file: str, **kwargs: Any) -> Any:
             if "GLOBAL" not in str(e):
                 raise
         # MMDetection's checkpoints also have the logs, options and times of their training.
-        reader: Any = types.SimpleNamespace(__name__=__name__, Unpickler=_Unpickler, load=_unpickle)
+        reader: Any = types.SimpleNamespace(__name__=__name__, Unpickler=_Unpickler)
+        reader.load = lambda f, **kwargs: _Unpickler(f, **kwargs).load()
         return torch.load(file, weights_only=False, pickle_module=reader, **kwargs)
     except UserError as e:
         raise UserError(f"{file} is refused: {e}.") from e

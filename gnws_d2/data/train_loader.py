@@ -52,16 +52,14 @@ class TrainLoader:
     ):
         """
         Args:
-            dataset: a list, or a map-style dataset, of Detectron2's dataset dicts.
-            mapper, aspect_ratio_grouping, num_workers: see
+            dataset, mapper, aspect_ratio_grouping, num_workers: see
                 :func:`build_detection_train_loader`. The mapper draws from `random` and
-                `np.random`. Images without width and height in `dataset` are in the group of the
-                upright ones.
+                `np.random`. Images without width and height count as upright.
             sampler: one of Detectron2's, which yields the indices of all processes.
             batch_size: images per batch of this process.
             seed: seed of the order of the images and of the augmentation.
-            on_bad_image: ``INPUT.ON_BAD_IMAGE``: "stop" raises the mapper's
-                :class:`BadImageError`; "skip" replaces the image by another one.
+            on_bad_image: ``INPUT.ON_BAD_IMAGE``: "skip" replaces an image for which the mapper
+                raises :class:`BadImageError` by another one.
         """
         self.seed = seed
         self.num_bad_images = 0  # in this process, repetitions included
@@ -118,10 +116,7 @@ class TrainLoader:
                 bucket.clear()
 
     def state_dict(self, iteration: int) -> dict[str, Any]:
-        """
-        Args:
-            iteration: number of batches used so far, those before a resumption included.
-        """
+        """Return the state after `iteration` batches, those before a resumption included."""
         return {
             "seed": self.seed,
             "world_size": comm.get_world_size(),
@@ -133,10 +128,8 @@ class TrainLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> int:
         """
-        Continue after the batches that had been used when `state` was taken.
-
-        Returns:
-            The iteration to start from: the number of images seen, in batches of the present size.
+        Continue after the batches that had been used when `state` was taken. Return the iteration
+        to start from: the number of images seen, in batches of the present size.
         """
         self.seed, iteration = state["seed"], state["iteration"]
         self._first_iteration, self._position = state["first_iteration"], state["position"]
@@ -194,20 +187,12 @@ class _SeededDataset(Dataset):
 
 
 def derive_seed(*numbers: int) -> int:
-    """
-    Returns:
-        A seed, less than 2**32, that is practically independent of the seeds of other numbers.
-    """
+    """Return a seed, less than 2**32, practically independent of the seeds of other numbers."""
     return int(np.random.SeedSequence([n % 2**32 for n in numbers]).generate_state(1)[0])
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable) -> TrainLoader:
-    """
-    Args:
-        cfg: ``DATASETS.TRAIN``, ``DATALOADER.*``, ``SOLVER.IMS_PER_BATCH``, ``INPUT.ON_BAD_IMAGE``
-            and ``SEED`` are used.
-        mapper: see :class:`TrainLoader`.
-    """
+    """Build the loader of ``DATASETS.TRAIN``, as ``DATALOADER.*`` says."""
     parts = _train_loader_from_config(cfg, mapper)
     # All processes read the same stream and take their parts of it.
     parts["sampler"]._rank, parts["sampler"]._world_size = 0, 1

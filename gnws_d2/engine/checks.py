@@ -20,12 +20,7 @@ from ..utils.errors import UserError
 
 
 def check_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """
-    Check the devices, batch size, datasets and weights of a job, and download the weights.
-
-    Raises:
-        UserError: for the first mistake.
-    """
+    """Check a job, download its weights, and raise :class:`UserError` for the first mistake."""
     check_device(cfg)
     check_choice("INPUT.ON_BAD_IMAGE", cfg.INPUT.ON_BAD_IMAGE, ("stop", "skip"))
     check_choice("SOLVER.ON_NON_FINITE", cfg.SOLVER.ON_NON_FINITE, ("stop", "skip"))
@@ -55,7 +50,12 @@ def check_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
                 f"DATASETS.TEST, which has {len(cfg.DATASETS.TEST)}."
             )
         return
-    _check_weights(cfg, args)
+    if args.resume and PathManager.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+        return
+    if cfg.MODEL.WEIGHTS:
+        find_checkpoint(cfg.MODEL.WEIGHTS)  # downloads it before anything is launched
+    elif args.eval_only:
+        raise UserError("MODEL.WEIGHTS is empty: --eval-only needs the checkpoint to evaluate.")
 
 
 def check_precision(device: str, precision: str) -> None:
@@ -124,13 +124,3 @@ def _check_batch_size(cfg: CfgNode, num_workers: int) -> None:
             f"SOLVER.ACCUMULATE_STEPS {steps} does not divide the {batch_size // num_workers} "
             "images of a worker (SOLVER.IMS_PER_BATCH divided by the number of workers)."
         )
-
-
-def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
-    weights = cfg.MODEL.WEIGHTS
-    if args.resume and PathManager.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
-        return
-    if weights:
-        find_checkpoint(weights)  # downloads it before anything is launched
-    elif args.eval_only:
-        raise UserError("MODEL.WEIGHTS is empty: --eval-only needs the checkpoint to evaluate.")

@@ -53,10 +53,6 @@ class Trainer(DefaultTrainer):
     iter: int
 
     def __init__(self, cfg: CfgNode):
-        """
-        Args:
-            cfg: a config, whose ``OUTPUT_DIR`` exists.
-        """
         # As in DefaultTrainer, which wraps the model for a GPU if there are several processes.
         TrainerBase.__init__(self)
         config = cfg.dump()
@@ -91,19 +87,13 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """
-        Detectron2's hooks, with the checkpoints of ``SOLVER.CHECKPOINT_KEEP`` and the best one,
-        stopping on signals, ``run.json``, and Weights & Biases.
-        """
+        """Add to Detectron2's hooks, and replace some of them by those of this project."""
         cfg = self.cfg
         ret: list[HookBase] = []
         for hook in super().build_hooks():
             if isinstance(hook, hooks.PeriodicCheckpointer):
-                hook = PeriodicCheckpointer(
-                    self.checkpointer,
-                    cfg.SOLVER.CHECKPOINT_PERIOD,
-                    max_to_keep=cfg.SOLVER.CHECKPOINT_KEEP or None,
-                )
+                period, keep = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_KEEP or None
+                hook = PeriodicCheckpointer(self.checkpointer, period, max_to_keep=keep)
             if not isinstance(hook, hooks.EvalHook):
                 ret.append(hook)
                 continue
@@ -124,11 +114,10 @@ class Trainer(DefaultTrainer):
 
     def _evaluate(self) -> dict[str, Any]:
         self._last_eval_results = self.test(self.cfg, self.model)
-        results = dict(self._last_eval_results)
-        if self.cfg.TEST.VALIDATION_LOSS:
-            model: Any = getattr(self.model, "module", self.model)  # of DistributedDataParallel
-            results |= validation_loss(self.cfg, model)
-        return results
+        if not self.cfg.TEST.VALIDATION_LOSS:
+            return self._last_eval_results
+        model: Any = getattr(self.model, "module", self.model)  # of DistributedDataParallel
+        return {**self._last_eval_results, **validation_loss(self.cfg, model)}
 
     def resume_or_load(self, resume: bool = True) -> None:
         """See :class:`DefaultTrainer`. A new training ignores the files of an earlier one."""
@@ -155,12 +144,11 @@ class Trainer(DefaultTrainer):
     def state_dict(self) -> dict[str, Any]:
         # Detectron2 has counted on when the best checkpoint is written after the last iteration.
         iteration = min(self.iter, self.max_iter - 1)
-        data_loader = self.data_loader.state_dict(iteration + 1)
         return {
             **super().state_dict(),
             "_trainer": self._trainer.state_dict(),  # Detectron2 v0.6 leaves it out
             "iteration": iteration,
-            "data_loader": data_loader,
+            "data_loader": self.data_loader.state_dict(iteration + 1),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -89,11 +89,6 @@ class BestCheckpointer(hooks.BestCheckpointer):
     best_metric: float | None
 
     def __init__(self, *args: Any, patience: int = 0):
-        """
-        Args:
-            args: see :class:`detectron2.engine.hooks.BestCheckpointer`.
-            patience: ``SOLVER.PATIENCE``.
-        """
         super().__init__(*args)
         self._patience, self._num_worse = patience, 0
 
@@ -136,10 +131,8 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
 class InterruptedEvaluation(HookBase):
     """
-    When a run is resumed, first repeat an evaluation during which it was stopped or killed, so that
-    the best AP and ``SOLVER.PATIENCE`` are those of an uninterrupted run.
-
-    This hook comes last.
+    Begin a resumed run with the evaluation during which it was stopped, so that the best AP and
+    ``SOLVER.PATIENCE`` are those of an uninterrupted run. This hook comes last.
     """
 
     def __init__(self, evaluation: EvalHook, best: BestCheckpointer | None):
@@ -159,15 +152,13 @@ class InterruptedEvaluation(HookBase):
 
 class StopOnSignal(HookBase):
     """
-    Stop a run on SIGTERM, which schedulers send before they end a job, and on Ctrl-C: write a
-    checkpoint at the end of the iteration and exit with status 143 or 130 in all processes.
-
-    This hook comes before the one that evaluates.
+    Stop on SIGTERM, which schedulers send before they end a job, and on Ctrl-C: write a checkpoint
+    after the iteration and exit with status 143 or 130. This hook comes before the one that
+    evaluates.
     """
 
     def after_step(self) -> None:
-        stop_signal = self.trainer._trainer.stop_signal  # of FiniteTrainer
-        if stop_signal:
+        if stop_signal := self.trainer._trainer.stop_signal:  # of FiniteTrainer
             _stop(self.trainer, stop_signal)
 
 
@@ -188,17 +179,13 @@ def _stop(trainer: Any, signum: int) -> NoReturn:
 def validation_loss(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     """
     Return ``{"validation": losses}``: the means over the images of ``DATASETS.TEST`` of each loss
-    and of their sum, ``total_loss``. All processes call it, each for its part of the images.
-
-    Args:
-        model: a model in training mode, without DistributedDataParallel.
+    of a model in training mode, and of their sum, ``total_loss``. All processes call it.
     """
     mapper = OpenCVDatasetMapper(cfg, True)
     mapper.augmentations = OpenCVDatasetMapper(cfg, False).augmentations
     records = get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=False)
-    loader = build_detection_test_loader(
-        records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS
-    )
+    workers = cfg.DATALOADER.NUM_WORKERS
+    loader = build_detection_test_loader(records, mapper=mapper, num_workers=workers)
     losses: list[dict[str, float]] = []
     with torch.no_grad(), EventStorage(1):  # the storage of the training stays as it is
         for batch in StoppableLoader(loader):
@@ -213,9 +200,7 @@ def validation_loss(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float
 class WandbRun(HookBase):
     """
     Log a run to Weights & Biases through its TensorBoard integration. A resumed training continues
-    the same run there.
-
-    For the main process; this hook comes after the one that writes metrics.
+    the same run there. For the main process, after the hook that writes metrics.
     """
 
     def __init__(self, cfg: CfgNode):

@@ -60,11 +60,8 @@ def leave_process_group() -> None:
 def supervise(cfg: CfgNode, num_processes: int) -> Iterator[None]:
     """
     Wrap Detectron2's :func:`launch` of several processes: pass SIGTERM and SIGINT on to them, exit
-    with the exit status of the first one that ends, and with ``MODEL.DEVICE cpu`` use Gloo.
-
-    Raises:
-        UserError: if a process has raised it.
-        RunError: if a process has raised anything else, or was killed.
+    with the exit status of the first one that ends, or raise its :class:`UserError`, and with
+    ``MODEL.DEVICE cpu`` use Gloo.
     """
     if num_processes == 1:  # it runs in this process
         yield
@@ -101,10 +98,7 @@ def supervise(cfg: CfgNode, num_processes: int) -> Iterator[None]:
 def lock_output_dir(cfg: CfgNode, args: argparse.Namespace) -> Iterator[None]:
     """
     Create ``OUTPUT_DIR``, lock it for the main process of a run, and remove temporary files that a
-    killed run has left. Wait for up to 90 s for a lock that another run holds.
-
-    Raises:
-        UserError: if the directory cannot be written, or another run still holds the lock.
+    killed run has left. Wait for a lock that another run holds, and then raise :class:`UserError`.
     """
     if args.machine_rank > 0 or int(os.environ.get("LOCAL_RANK", 0)) > 0:
         yield
@@ -157,11 +151,9 @@ def _lock(file: IO[str], output_dir: str) -> None:
 
 def agree_on_kernels(cfg: CfgNode, device: torch.device) -> None:
     """
-    Check the Triton kernels that training or evaluation may use on `device`. If they fail on one
-    rank, set ``MODEL.GNWS.KERNELS`` to "torch" on all ranks, with a warning.
-
-    Raises:
-        UserError: on all ranks, if they fail on one and the key is "triton".
+    Check the Triton kernels that a job may use on `device`. If they fail on one rank, set
+    ``MODEL.GNWS.KERNELS`` to "torch" on all, with a warning, or raise :class:`UserError` if it is
+    "triton".
     """
     dtypes = [torch.float32]
     if cfg.SOLVER.AMP.ENABLED:

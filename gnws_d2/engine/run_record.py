@@ -55,18 +55,11 @@ class RunRecord(HookBase):
     * ``evaluated``: the number of iterations before the last evaluation; 0 for none;
     * ``status``: "running", "finished", "stopped" (SIGTERM or Ctrl-C) or "failed"; a run that was
       killed stays "running".
-
-    For the main process.
     """
 
     _PERIOD = 20  # iterations between updates, as of Detectron2's PeriodicWriter
 
-    def __init__(
-        self,
-        output_dir: str,
-        evaluation: EvalHook | None = None,
-        best: BestCheckpointer | None = None,
-    ):
+    def __init__(self, output_dir: str, evaluation: EvalHook, best: BestCheckpointer | None = None):
         self._path = os.path.join(output_dir, "run.json")
         self._evaluation, self._best = evaluation, best
         self._starts: list[dict[str, Any]] = []
@@ -77,6 +70,7 @@ class RunRecord(HookBase):
             with open(self._path) as f:
                 self._starts = json.load(f)
         before = self._starts[-1] if self._starts else {}
+        nothing = {"best_checkpoint": "", "last_checkpoint": "", "evaluated": 0}
         self._starts.append(
             {
                 "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
@@ -85,9 +79,7 @@ class RunRecord(HookBase):
                 "machine": describe_machine(),
                 "start": _now(),
                 "first_iteration": first,
-                "best_checkpoint": before.get("best_checkpoint", ""),
-                "last_checkpoint": before.get("last_checkpoint", ""),
-                "evaluated": before.get("evaluated", 0),
+                **{key: before.get(key, value) for key, value in nothing.items()},
             }
         )
         self._write("running", first)
@@ -101,8 +93,7 @@ class RunRecord(HookBase):
         if not self._starts:  # a hook before this one has failed
             return
         error = sys.exc_info()[1]
-        stopped = isinstance(error, SystemExit)
-        early = isinstance(error, EarlyStop)
+        stopped, early = isinstance(error, SystemExit), isinstance(error, EarlyStop)
         status = "stopped" if stopped else "failed" if error and not early else "finished"
         # Both end the training before Detectron2 counts the last iteration.
         self._write(status, min(self.trainer.iter + (stopped or early), self.trainer.max_iter))
@@ -113,7 +104,7 @@ class RunRecord(HookBase):
             files["last_checkpoint"] = self.trainer.checkpointer.last_saved
         if self._best is not None and self._best.best_iter is not None:
             files["best_checkpoint"] = "model_best.pth"
-        if self._evaluation is not None and self._evaluation.done:
+        if self._evaluation.done:
             files["evaluated"] = self._evaluation.done
         return files
 

@@ -5,7 +5,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -55,12 +55,10 @@ class FiniteTrainer(AMPTrainer):
     ):
         """
         Args:
-            args: model, data loader and optimizer, as of :class:`SimpleTrainer`.
-            skip: skip such a step, unless it is the third in a row (``SOLVER.ON_NON_FINITE``).
+            args: see :class:`SimpleTrainer`.
+            skip, accumulate_steps: ``SOLVER.ON_NON_FINITE`` is "skip", ``SOLVER.ACCUMULATE_STEPS``.
             last_checkpoint: returns the path of the checkpoint to name in the error, or "".
-            accumulate_steps: number of equal parts that a batch is split into, each with a forward
-                and a backward pass (``SOLVER.ACCUMULATE_STEPS``).
-            precision: "float16" or "bfloat16" (``SOLVER.AMP.PRECISION``); "" for float32.
+            precision: ``SOLVER.AMP.PRECISION``; "" for float32.
         """
         model, *_ = args
         self._device = next(model.parameters()).device
@@ -72,37 +70,24 @@ class FiniteTrainer(AMPTrainer):
         self.precision = getattr(torch, precision or "float32")
         self.accumulate_steps = accumulate_steps
         self.skip, self.last_checkpoint = skip, last_checkpoint
-        self.num_skipped = 0
-        self.num_skipped_in_a_row = 0
-        self.stop_signal = 0
-        self._files: list[str] = []
-        self._batches = self._remember_files()
-
-    def _remember_files(self) -> Iterator[list[dict[str, Any]]]:
-        for batch in self.data_loader:
-            self._files = [record.get("file_name", "?") for record in batch]
-            yield batch
+        self.num_skipped = self.num_skipped_in_a_row = self.stop_signal = 0
 
     def run_step(self) -> None:
-        """
-        Raises:
-            UserError: names the iteration, what is not finite, the images and the last checkpoint.
-        """
+        """Raise :class:`UserError` for what is not finite, with its images."""
         # As in AMPTrainer, which makes one pass and requires a GPU.
         assert self.model.training, "model was changed to eval mode!"
         start = time.perf_counter()
-        batch = next(self._batches)
+        batch = next(self._data_loader_iter)
+        self._files = [record.get("file_name", "?") for record in batch]
         data_time = time.perf_counter() - start
         self.optimizer.zero_grad()
-        size = len(batch) // self.accumulate_steps
+        size, autocast = len(batch) // self.accumulate_steps, self.precision != torch.float32
         loss_dict: dict[str, Tensor] = {}
         for first in range(0, len(batch), size):
             is_last = first + size == len(batch)
             distributed = isinstance(self.model, DistributedDataParallel)
             with self.model.no_sync() if distributed and not is_last else contextlib.nullcontext():
-                with torch.autocast(
-                    self._device.type, self.precision, enabled=self.precision != torch.float32
-                ):
+                with torch.autocast(self._device.type, self.precision, enabled=autocast):
                     losses = self.model(batch[first : first + size])
                 losses = {name: loss / self.accumulate_steps for name, loss in losses.items()}
                 self.grad_scaler.scale(sum(losses.values())).backward()
@@ -162,13 +147,11 @@ class FiniteTrainer(AMPTrainer):
                 f"({self.num_skipped} so far), as SOLVER.ON_NON_FINITE is skip."
             )
             return
-        checkpoint = self.last_checkpoint()
         in_a_row = f", {_MAX_SKIPPED} iterations in a row" if self.skip else ""
         raise UserError(
-            f"Iteration {self.iter}: {'; '.join(issues)}{in_a_row}. "
-            + (f"The last checkpoint is {checkpoint}. " if checkpoint else "No checkpoint yet. ")
-            + "Look at the images, or lower SOLVER.BASE_LR; SOLVER.ON_NON_FINITE skip skips such "
-            "steps."
+            f"Iteration {self.iter}: {'; '.join(issues)}{in_a_row}. The last checkpoint is "
+            f"{self.last_checkpoint() or 'not written yet'}. Look at the images, or lower "
+            "SOLVER.BASE_LR; SOLVER.ON_NON_FINITE skip skips such steps."
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

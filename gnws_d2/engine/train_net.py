@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import logging
 import os
 import sys
 from datetime import timedelta
@@ -46,9 +47,8 @@ def get_config(args: argparse.Namespace) -> CfgNode:
 
 def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     """
-    Detectron2's :func:`default_setup`, with memory settings and threads for CPUs, and processes
-    that end with their launcher. An evaluation in the ``OUTPUT_DIR`` of a training leaves its
-    ``config.yaml`` as it is.
+    Detectron2's :func:`default_setup`, with settings for CPUs, and processes that end with their
+    launcher. An evaluation in the ``OUTPUT_DIR`` of a training leaves its ``config.yaml`` alone.
     """
     on_cpu = cfg.MODEL.DEVICE == "cpu"
     if on_cpu and cfg.MODEL.GNWS.KERNELS != "reference":
@@ -68,7 +68,7 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         with atomic_write(str(config_file)) as f:
             f.write(config_of_training)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gnws_d2")
-    for handler in setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank()).handlers:
+    for handler in logging.getLogger("detectron2").handlers:
         if getattr(handler, "stream", None) is sys.stdout:
             # The error ends the command with a message; its traceback is for log.txt.
             handler.addFilter(lambda record: not record.exc_info)

@@ -1,15 +1,12 @@
 """Files are written as by Detectron2's writers and by ``engine/run_record.py``."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 from detectron2.config import get_cfg
-from detectron2.engine import TrainerBase
 
 from gnws_d2.config import load_config
-from gnws_d2.engine.run_record import RunRecord
 from gnws_d2.report.run_dir import read_run
 from gnws_d2.utils.errors import UserError
 
@@ -63,10 +60,7 @@ def test_repeated_iterations_count_once(read):
     run = read(lines=metrics(19, 200, ap=10.0) + metrics(139, 180))
     assert [line["iteration"] for line in run.metrics] == list(range(19, 180, 20))
     assert run.num_iterations == 180
-
-
-def test_evaluation_lines_may_come_late(read):
-    """Detectron2 writes an evaluation with the next 20 iterations, after their line."""
+    # Detectron2 writes an evaluation with the next 20 iterations, after their line.
     run = read(lines=[*metrics(19, 60), {"iteration": 49, "bbox/AP": 7.0}, *metrics(79, 80)])
     assert [line["iteration"] for line in run.metrics] == [19, 39, 49, 59, 79]
 
@@ -94,22 +88,6 @@ def test_facts_cover_all_starts(read):
     facts = read(starts=[{**START, "machine": machine, "status": "running"}]).facts
     assert facts["Machine"] == "node7, AMD EPYC, 16 threads"
     assert facts["Status"] == "running, or killed"
-
-
-def test_record_of_a_training_is_read(read, tmp_path, monkeypatch):
-    class Trainer(TrainerBase):
-        checkpointer = SimpleNamespace(last_saved="")
-
-        def run_step(self):
-            pass
-
-    monkeypatch.setattr("sys.argv", ["/somewhere/train_net.py", "--config-file", "a b.yaml"])
-    trainer = Trainer()
-    trainer.register_hooks([RunRecord(str(tmp_path))])
-    trainer.train(0, 3)
-    facts = read().facts
-    assert facts["Command"] == "train_net.py --config-file 'a b.yaml'"
-    assert facts["Processes"] == "1" and facts["Status"] == "finished"
 
 
 def test_run_of_stock_detectron2_is_read(tmp_path):
