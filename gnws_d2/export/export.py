@@ -45,9 +45,6 @@ def export_model(
 
     Returns:
         The number of detections that were compared.
-
-    Raises:
-        UserError: if the model cannot be exported; RunError: if detections differ or AP falls.
     """
     if format != "folded" and (cfg.TEST.AUG.ENABLED or cfg.MODEL.KEYPOINT_ON):
         raise UserError(f"--format {format} needs TEST.AUG.ENABLED and MODEL.KEYPOINT_ON False.")
