@@ -114,6 +114,14 @@ def mmdet_state(name):
     return state
 
 
+def build(name, num_classes=80):
+    """Build a model of the zoo on the CPU."""
+    cfg = model_zoo.get_config(name)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes
+    return build_model(cfg)
+
+
 def small_mask_rcnn(path, classes):
     """Config of a small Mask R-CNN with seeded weights, in `path`, that detects something."""
     cfg = model_zoo.get_config("quick_start")

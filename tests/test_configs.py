@@ -17,22 +17,6 @@ def row(request):
     return request.param
 
 
-def test_training(row):
-    """What tests/reference.py, an independent MMDetection, does not use: it only predicts."""
-    cfg = model_zoo.get_config(row["name"])
-    assert cfg.DATASETS.TRAIN == ("coco_2017_train",) and cfg.MODEL.BACKBONE.FREEZE_AT == 2
-    assert (cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN) == ((800,), 1333)
-    assert cfg.INPUT.RANDOM_FLIP == "horizontal" and not cfg.INPUT.CROP.ENABLED
-    rpn, roi = cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS
-    assert (rpn.BATCH_SIZE_PER_IMAGE, rpn.POSITIVE_FRACTION) == (256, 0.5)
-    assert rpn.IOU_THRESHOLDS == [0.3, 0.7]
-    assert (rpn.PRE_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TRAIN) == (2000, 1000)
-    assert (roi.BATCH_SIZE_PER_IMAGE, roi.POSITIVE_FRACTION) == (512, 0.25)
-    assert roi.IOU_THRESHOLDS == [0.5] and roi.PROPOSAL_APPEND_GT
-    for node in (rpn, cfg.MODEL.ROI_BOX_HEAD):  # smooth L1 with beta 0 is L1
-        assert (node.BBOX_REG_LOSS_TYPE, node.SMOOTH_L1_BETA) == ("smooth_l1", 0.0)
-
-
 def test_learning_rate(row):
     cfg = model_zoo.get_config(row["name"])
     assert cfg.SOLVER.IMS_PER_BATCH == 16 and cfg.SOLVER.REFERENCE_WORLD_SIZE == 8

@@ -18,7 +18,7 @@ from fuzz import Choice, decisions, mutate_bytes, outcome
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gnws_d2.checkpoint import convert_to_detectron2, convert_to_mmdet, load_checkpoint
+from gnws_d2.checkpoint import convert_to_mmdet, load_checkpoint
 from gnws_d2.config import load_config
 from gnws_d2.utils.errors import UserError
 
@@ -105,20 +105,6 @@ def test_checkpoints(directory, choices, which, entries):
 def check_state(state):
     assert state and all(isinstance(name, str) for name in state)
     outcome(convert_to_mmdet, {"model": state})
-
-
-ODD_CONTENTS = [
-    None, [], {}, {1: torch.ones(1)}, {"model": {"a": 3}}, {"model": {None: torch.ones(1)}},
-    {"state_dict": {"backbone.\ud800": torch.ones(1)}}, {"state_dict": BACKBONE | {"": None}},
-    DETECTOR | {"backbone.layer" + "9" * 5000 + ".0.gn1.b": torch.ones(1)},
-]  # fmt: skip
-
-
-@given(st.sampled_from(ODD_CONTENTS))
-def test_odd_contents_of_checkpoints(content):
-    converted = outcome(convert_to_detectron2, content)
-    if converted is not None:
-        check_state(converted["model"])
 
 
 CONFIG = b"""_BASE_: base.yaml

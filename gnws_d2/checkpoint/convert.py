@@ -46,11 +46,7 @@ def convert_to_detectron2(checkpoint: Any) -> dict[str, Any]:
     * an ImageNet backbone with MMCV's names, or with the names of the WS authors, who call
       GroupNorm layers ``bn``, without its classifier ``fc``.
 
-    Returns:
-        ``{"model": state dict, ...}``, as `DetectionCheckpointer` loads it.
-
-    Raises:
-        UserError: if it is none of these, or has BatchNorm. The message has no file name.
+    Anything else, or BatchNorm, is a :class:`UserError`, whose message has no file name.
     """
     state = checkpoint
     if isinstance(checkpoint, dict):

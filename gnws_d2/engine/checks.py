@@ -113,14 +113,9 @@ def _check_batch_size(cfg: CfgNode, num_workers: int) -> None:
             "use SOLVER.IMS_PER_BATCH as it is."
         )
     batch_size = DefaultTrainer.auto_scale_workers(cfg, num_workers).SOLVER.IMS_PER_BATCH
-    if batch_size < 1 or batch_size % num_workers:
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH {batch_size} does not divide by the {num_workers} workers "
-            "(--num-gpus times --num-machines)."
-        )
     steps = cfg.SOLVER.ACCUMULATE_STEPS
-    if steps < 1 or batch_size // num_workers % steps:
+    if batch_size < 1 or steps < 1 or batch_size % (num_workers * steps):
         raise UserError(
-            f"SOLVER.ACCUMULATE_STEPS {steps} does not divide the {batch_size // num_workers} "
-            "images of a worker (SOLVER.IMS_PER_BATCH divided by the number of workers)."
+            f"SOLVER.IMS_PER_BATCH {batch_size} does not divide by {num_workers} workers "
+            f"(--num-gpus times --num-machines) times SOLVER.ACCUMULATE_STEPS {steps}."
         )

@@ -22,10 +22,7 @@ from ..utils.signals import Stopped, stop_together
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
-    """
-    Detectron2's hook whose ``max_to_keep`` also counts the checkpoints from before a resume, and no
-    others in the directory.
-    """
+    """Detectron2's hook, whose ``max_to_keep`` also counts those from before a resume."""
 
     def after_step(self) -> None:
         super().after_step()

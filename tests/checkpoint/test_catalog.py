@@ -70,23 +70,15 @@ def test_downloads_once_checks_and_converts(publish, server, cache, capfd):
     assert torch.load(path)["model"].keys() == {"backbone.bottom_up.res2.0.conv1.weight"}
     assert files(cache) == [f"{file_name[:-4]}.detectron2.pth", file_name]
     assert get() == path and server.requests == 1
-
-
-def test_stock_detectron2_loads_from_the_catalog(publish, cache):
-    publish(NAME, small_checkpoint())
-    model = torch.nn.ModuleDict({"backbone": torch.nn.Module()})
-    model.backbone.bottom_up = torch.nn.Module()
-    model.backbone.bottom_up.res2 = torch.nn.ModuleList([torch.nn.Module()])
-    model.backbone.bottom_up.res2[0].conv1 = torch.nn.Conv2d(2, 2, 1, bias=False)
-    DetectionCheckpointer(model).load(f"gnws://{NAME}")
-    assert (model.backbone.bottom_up.res2[0].conv1.weight == 1).all()
-
-
-def test_file_put_into_the_cache_is_used(publish, server, cache):
-    file_name = publish(NAME, small_checkpoint())
-    cache.mkdir()
-    (cache / file_name).write_bytes(server.files[file_name])
-    assert torch.load(get())["model"] and server.requests == 0
+    (cache / f"{file_name[:-4]}.detectron2.pth").unlink()  # as if put there by hand
+    assert get() == path and server.requests == 1
+    conv = torch.nn.Module()
+    conv.conv1 = torch.nn.Conv2d(2, 2, 1, bias=False)
+    model = torch.nn.ModuleDict({"res2": torch.nn.ModuleList([conv])})
+    for name in ("bottom_up", "backbone"):
+        model = torch.nn.ModuleDict({name: model})
+    DetectionCheckpointer(model).load(f"gnws://{NAME}")  # stock Detectron2
+    assert (conv.conv1.weight == 1).all()
 
 
 @pytest.mark.parametrize("name", ["mask_rcnn_R50_gnws_20_23_24", "ImageNetPretrained/R50-GN-WS"])
@@ -95,30 +87,22 @@ def test_unknown_name_offers_the_nearest(cache, name):
         PathManager.get_local_path(f"gnws://{name}")
 
 
-def test_without_network_the_message_says_what_to_do(cache, monkeypatch):
-    url = "http://127.0.0.1:9/model-12345678.pth"
-    monkeypatch.setattr(catalog, "checkpoint_urls", lambda: {NAME: url})
-    with pytest.raises(UserError) as e:
-        get()
-    assert all(part in str(e.value) for part in (url, str(cache), 'MODEL.WEIGHTS ""'))
-    assert "\n" not in str(e.value) and files(cache) == []
-
-
-def test_missing_file_on_the_server_is_named(publish, server, cache):
+def test_failed_download_says_why_and_is_restarted(publish, server, cache, monkeypatch):
     file_name = publish(NAME, small_checkpoint())
-    del server.files[file_name]
+    content = server.files.pop(file_name)
     with pytest.raises(UserError, match=f"Cannot download {server.url}/{file_name} to .*404"):
         get()
-    assert files(cache) == []
-
-
-def test_truncated_download_is_an_error_and_is_restarted(publish, server, cache):
-    file_name = publish(NAME, small_checkpoint())
-    server.cut = 100
+    server.files[file_name], server.cut = content, 100
     with pytest.raises(UserError, match=r"Cannot download .*(invalid hash|IncompleteRead)"):
         get()
-    assert files(cache) == []
     server.cut = None
+    with monkeypatch.context() as unreachable:
+        url = "http://127.0.0.1:9/model-12345678.pth"
+        unreachable.setattr(catalog, "checkpoint_urls", lambda: {NAME: url})
+        with pytest.raises(UserError) as e:
+            get()
+    assert all(part in str(e.value) for part in (url, str(cache), 'MODEL.WEIGHTS ""'))
+    assert "\n" not in str(e.value) and files(cache) == []
     assert torch.load(get())["model"]
     assert files(cache) == [f"{file_name[:-4]}.detectron2.pth", file_name]
 

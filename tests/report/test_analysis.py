@@ -4,10 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
-from gnws_d2.data.shapes import generate_shapes
 from gnws_d2.evaluation import evaluate_results, read_truth
 from gnws_d2.report.analysis import (
     ERRORS,
@@ -133,41 +130,3 @@ def test_ap_lost_to_each_type_of_error(detection, error, cost, analyze_boxes):
     analysis = analyze_boxes(truth, [detection, result(2, 5, box(0), 0.5)])
     assert analysis.ap["AP50"] == pytest.approx(50 if error == "location" else 25, abs=0.5)
     assert analysis.errors == pytest.approx(dict.fromkeys(ERRORS.values(), 0) | {error: cost})
-
-
-@pytest.mark.parametrize("task", ["bbox", "segm"])
-def test_ap_and_precision_equal_pycocotools(task, tmp_path):
-    generate_shapes(str(tmp_path / "shapes"), 20, seed=3)
-    json_file = str(tmp_path / "shapes" / "annotations.json")
-    coco = COCO(json_file)
-    rng = np.random.RandomState(0)
-    results = []
-    for a in coco.anns.values():
-        given = {key: a[key] for key in ("image_id", "category_id")}
-        given["bbox"] = (np.array(a["bbox"]) * rng.uniform(0.9, 1.1, 4)).tolist()
-        given["score"] = rng.rand()
-        rle = coco.annToRLE(a)
-        given["segmentation"] = {**rle, "counts": rle["counts"].decode()}
-        if rng.rand() < 0.3:
-            given["category_id"] = rng.randint(1, 4)
-        results.append(given)
-    analysis = analyze(evaluate_results(read_truth(json_file), results, task))
-
-    path = tmp_path / "results.json"
-    for given in results:
-        if task == "segm":  # else the area of an object would be its box's
-            del given["bbox"]
-    path.write_text(json.dumps(results))
-    reference = COCOeval(coco, coco.loadRes(str(path)), task)
-    reference.evaluate()
-    reference.accumulate()
-    reference.summarize()
-    expected = [100 * ap if ap >= 0 else np.nan for ap in reference.stats[:6]]
-    assert [analysis.ap[name] for name in METRICS] == pytest.approx(expected, nan_ok=True)
-    assert 20 < analysis.ap["AP"] < 95
-    precision = reference.eval["precision"][..., 0, 2]
-    assert precision.min() >= 0  # all classes have objects
-    np.testing.assert_allclose(analysis.precision, precision.mean(2))
-    expected = 100 * precision.mean((0, 1))
-    assert list(analysis.class_ap) == ["circle", "square", "triangle"]
-    assert list(analysis.class_ap.values()) == pytest.approx(expected)

@@ -9,15 +9,6 @@ from gnws_d2.report.charts import COLORS, line_chart
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def test_text_takes_the_color_of_the_page():
-    svg = ET.fromstring(line_chart({"a": ([1, 2], [3, 4]), "b": ([1, 2], [5, 6])}, "x", "y"))
-    texts = list(svg.iter(f"{SVG}text"))
-    assert {"a", "b", "x", "y"} < {text.text for text in texts}
-    assert not any("fill" in text.get("style", "") or text.get("fill") for text in texts)
-    lines = [path.get("style", "") for path in svg.iter(f"{SVG}path")]
-    assert all(any(f"stroke: {color}" in line for line in lines) for color in COLORS[:2])
-
-
 def test_names_are_text_not_markup_or_formulas():
     name = "<script>alert(1)</script> $x_$"
     chart = line_chart({name: ([1, 2], [3, 4]), "b": ([1], [2])}, "$", "y")

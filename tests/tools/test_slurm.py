@@ -85,24 +85,21 @@ def test_every_machine_runs_torchrun_with_resume(job, tmp_path):
     assert not requeued(tmp_path)
 
 
-def test_time_limit_ends_training_and_requeues_the_job(job, tmp_path):
+@pytest.mark.parametrize(
+    "signum, again",
+    [(signal.SIGUSR1, True), (signal.SIGTERM, False)],  # Slurm requeues what it preempts
+    ids=["time limit", "cancelled"],
+)
+def test_signal_ends_training_and_requeues_the_job_at_its_time_limit(job, tmp_path, signum, again):
     run = job()
     wait_for(lambda: len([*tmp_path.glob("task*.txt")]) == 2)
-    run.send_signal(signal.SIGUSR1)
+    run.send_signal(signum)
     assert run.wait(30) == 1
-    assert requeued(tmp_path)
+    assert requeued(tmp_path) == again
 
 
 def test_job_that_fails_is_not_requeued(job, tmp_path):
     assert job(STATUS="2").wait(30) == 2
-    assert not requeued(tmp_path)
-
-
-def test_job_that_is_cancelled_is_not_requeued(job, tmp_path):
-    run = job()
-    wait_for(lambda: len([*tmp_path.glob("task*.txt")]) == 2)
-    run.send_signal(signal.SIGTERM)  # also when it is preempted, after which Slurm requeues it
-    assert run.wait(30) == 1
     assert not requeued(tmp_path)
 
 
