@@ -23,7 +23,7 @@ before = dict(handlers), dict(hooks)
 import gnws_d2
 assert (handlers, hooks) == before
 gnws_d2.Predictor
-for name in ("jinja2", "wandb", "onnx", "onnxruntime"):
+for name in ("jinja2", "wandb", "onnx", "onnxruntime", "huggingface_hub", "safetensors"):
     assert name not in sys.modules, name
 rooms = {name.split(".")[1] for name in sys.modules if name.startswith("gnws_d2.")}
 assert rooms.isdisjoint({"engine", "finetuning", "report", "export"}), rooms

@@ -89,8 +89,8 @@ def download_from_hub(name: str) -> str:
         raise UserError(f"{repo} has no revision {revision}: see its branches and tags.") from e
     except hub.errors.RepositoryNotFoundError as e:
         raise UserError(
-            f"There is no {repo}, neither here nor, for you, on the Hugging Face Hub: check the name, "
-            "and if it is private or gated, run `hf auth login`."
+            f"There is no {repo}, neither here nor, for you, on the Hugging Face Hub: check the "
+            "name, and if it is private or gated, run `hf auth login`."
         ) from e
     except (hub.errors.HTTPError, OSError) as e:
         raise UserError(

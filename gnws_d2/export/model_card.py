@@ -87,7 +87,7 @@ def model_card(
 
 def _evaluation(run: Run, iteration: int) -> str:
     """AP as it was logged when the checkpoint was evaluated."""
-    names, known = run.cfg.DATASETS.TEST, {}
+    names, known = run.cfg.DATASETS.TEST, dict[str, float]()
     for line in run.metrics:  # after the last iteration Detectron2 counts one more
         known |= line if min(line["iteration"], run.cfg.SOLVER.MAX_ITER - 1) == iteration else {}
     prefix = f"{names[0]}/" if len(names) > 1 else ""
