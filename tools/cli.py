@@ -253,6 +253,26 @@ def export(parser: ArgumentParser) -> None:
     export_model(cfg, args.format, args.output, args.images, max_drop)
 
 
+def push(parser: ArgumentParser) -> None:
+    """
+    Share a trained model on the Hugging Face Hub: its weights, config, class names, threshold and a
+    model card. Nothing of the training images or of this machine is sent.
+    """
+    parser.epilog = "Predict: gnws demo --model USER/REPO --input IMAGES --output PICTURES"
+    add = parser.add_argument
+    add("output_dir", metavar="OUTPUT_DIR", help="directory of the run")
+    add("repo", metavar="USER/REPO", help="repository, which is created if it does not exist")
+    add("--license", required=True, metavar="NAME", help="licence, such as apache-2.0")
+    add(
+        "--picture", metavar="IMAGE", help="image to show the model's detections on (default: none)"
+    )
+    add("--private", action="store_true", help="let only yourself see a new repository")
+    args = parser.parse_args()
+    from gnws_d2.export.hub import push_to_hub
+
+    print(push_to_hub(**vars(args)))
+
+
 def check_dataset(parser: ArgumentParser) -> int:
     """
     Read a dataset as `gnws finetune` does, and list what is repaired and what is left out. The exit
@@ -286,5 +306,6 @@ COMMANDS: dict[str, Callable[[ArgumentParser], int | None]] = {
     "report": report,
     "convert": convert,
     "export": export,
+    "push": push,
     "check-dataset": check_dataset,
 }

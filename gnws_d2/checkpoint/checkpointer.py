@@ -7,7 +7,7 @@ from typing import Any
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
 
-from ..layers import WSConv2d
+from ..layers import WSConv2d, fold_for_inference
 from ..utils.errors import UserError
 from ..utils.files import atomic_write
 from .files import DamagedCheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
@@ -91,6 +91,8 @@ class GNWSCheckpointer(DetectionCheckpointer):
         return load_checkpoint(filename)
 
     def _load_model(self, checkpoint: dict[str, Any]):
+        if checkpoint.pop("folded", False) and self.strict:
+            fold_for_inference(self.model)  # training standardizes the weights again
         own_ws = self._standardized()
         if checkpoint.get("weight_standardization", own_ws) != own_ws:
             self.logger.warning(

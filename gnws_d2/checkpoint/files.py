@@ -67,9 +67,9 @@ def _names_in_run(output_dir: str) -> list[str]:
     """
     The names of the checkpoints of a run, the best first. ``run.json`` says which files belong to
     the run: an earlier one in the same directory may have left others. Without it, as in a run of
-    stock Detectron2, take what is there.
+    stock Detectron2 or a download from the Hugging Face Hub, take what is there.
     """
-    names = ["model_best.pth", "model_final.pth"]
+    names = ["model.safetensors", "model_best.pth", "model_final.pth"]
     with contextlib.suppress(OSError):
         names.append(Path(output_dir, "last_checkpoint").read_text().strip())
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
@@ -96,7 +96,13 @@ def load_checkpoint(file: str) -> dict[str, Any]:
 
 
 def read_config(file: str) -> str:
-    """Return the config that a checkpoint of :class:`GNWSCheckpointer` carries, as YAML, or ""."""
+    """
+    Return the config that a checkpoint of :class:`GNWSCheckpointer` carries, as YAML, or "". That
+    of ``gnws push`` has it in ``config.yaml`` beside it.
+    """
+    if file.endswith(".safetensors"):
+        with contextlib.suppress(OSError):
+            return Path(file).with_name("config.yaml").read_text("utf-8", "replace")
     # Map the tensors instead of reading them, which only the zip format allows: ours.
     checkpoint = _read(file, mmap=True) if zipfile.is_zipfile(file) else {}
     return checkpoint.get("config", "") if isinstance(checkpoint, dict) else ""
@@ -147,6 +153,8 @@ class _Unpickler(pickle.Unpickler):
 def _read(file: str, **kwargs: Any) -> Any:
     kwargs["map_location"] = "cpu"
     try:
+        if file.endswith(".safetensors"):
+            return _read_safetensors(file)
         try:
             return torch.load(file, weights_only=True, **kwargs)
         except pickle.UnpicklingError as e:
@@ -164,6 +172,20 @@ def _read(file: str, **kwargs: Any) -> Any:
         raise DamagedCheckpointError(
             f"{file} is damaged, or not a PyTorch checkpoint but a web page or a pickle."
         ) from e
+
+
+def _read_safetensors(file: str) -> dict[str, Any]:
+    """Read the folded weights of ``gnws push``, and the classes from ``gnws.json`` beside them."""
+    try:
+        from safetensors.torch import load_file
+    except ImportError as e:
+        raise UserError("it needs safetensors: pip install 'gnws_d2[hub]'") from e
+    try:
+        known = json.loads(Path(file).with_name("gnws.json").read_bytes())["classes"]
+        classes = {c["id"]: str(c["name"]) for c in known}
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise UserError("gnws.json beside it is missing or damaged") from e
+    return {"model": load_file(file), "folded": True, "classes": classes}
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: str) -> None:

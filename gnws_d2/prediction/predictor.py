@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from ..utils.process import keep_freed_memory
 from .picture import find_images, open_picture
 from .test_time_augmentation import with_tta
 
+_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.pth)")  # USER/REPO
+
 
 def find_trained(
     model: str, opts: Sequence[Any] = (), datasets: Sequence[Sequence[str]] = ()
@@ -36,7 +39,8 @@ def find_trained(
 
     Args:
         model: the ``OUTPUT_DIR`` of a run, for its best checkpoint, or else its last; a checkpoint;
-            or a name of :mod:`.model_zoo`, if there is no run of that name.
+            or a name of :mod:`.model_zoo`, if there is no run of that name; or "USER/REPO", if
+            there is no such path, or "hf://USER/REPO@REVISION", of the Hugging Face Hub.
         opts, datasets: see :func:`load_config`.
 
     Raises:
@@ -46,6 +50,10 @@ def find_trained(
     if model in names and not os.path.isfile(os.path.join(model, "config.yaml")):
         config_file, weights = model_zoo.get_config_file(model), model_zoo.get_checkpoint_url(model)
     else:
+        if model.startswith("hf://") or (_HUB.fullmatch(model) and not os.path.exists(model)):
+            from ..checkpoint.hub import download_from_hub
+
+            model = download_from_hub(model)
         weights = find_checkpoint(model) if os.path.exists(model) else ""
         config_file = os.path.join(os.path.dirname(weights), "config.yaml")
         text = read_config(weights) if weights else ""

@@ -1,0 +1,111 @@
+"""Share a trained model on the Hugging Face Hub."""
+
+import json
+import os
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import cv2
+from detectron2.config import CfgNode
+
+from ..checkpoint import load_checkpoint
+from ..checkpoint.files import DEFAULT_THRESHOLD, THRESHOLD_FILE
+from ..checkpoint.hub import import_hub, shorten
+from ..data import read_image
+from ..prediction import Predictor, find_trained
+from ..prediction.drawing import LabelVisualizer
+from ..report.run_dir import Run, read_run
+from ..utils.errors import UserError
+from .model_card import model_card
+
+
+def push_to_hub(
+    output_dir: str, repo: str, *, license: str, picture: str | None = None, private: bool = False
+) -> str:
+    """
+    Upload the weights of a trained model, folded, with what predictions need of its config, its
+    classes and threshold, and a model card. No training image, path or host name is in them.
+
+    Args:
+        output_dir: ``OUTPUT_DIR`` of a run: its best checkpoint, or else its last.
+        repo: "USER/REPO", which is created if it does not exist.
+        license: for the card, as the Hub spells it, such as "apache-2.0".
+        picture: an image to draw detections on, for the card.
+        private: whether others may not see a new repository.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UserError: if there is no such run, extra or token, or the Hub is out of reach or refuses.
+    """
+    hub = import_hub(f"To push to {repo}", repo)
+    run = read_run(output_dir)
+    if not hub.get_token():
+        raise UserError("There is no token to push with: run `hf auth login`, or set HF_TOKEN.")
+    api = hub.HfApi()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _write_files(folder, run, repo, license, picture)
+            url = api.create_repo(repo, private=private or None, exist_ok=True)
+            if private and not api.repo_info(repo).private:
+                raise UserError(f"{url} is public: name another repository for --private.")
+            message = f"Upload a model of gnws_d2 {version('gnws_d2')}"
+            api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+        except hub.errors.HfHubHTTPError as e:
+            raise UserError(
+                f"The Hugging Face Hub refuses {repo}: {shorten(e.server_message or e)} If it is "
+                "not about the licence, `hf auth login` with a token that may write there."
+            ) from e
+        except (hub.errors.HTTPError, hub.errors.OfflineModeIsEnabled) as e:
+            raise UserError(
+                f"Cannot reach the Hugging Face Hub, so {repo} is not pushed ({shorten(e)}) Run "
+                "this again with a network connection, and without HF_HUB_OFFLINE."
+            ) from e
+        except (OSError, ValueError, RuntimeError) as e:
+            raise UserError(f"Cannot push {repo}: {shorten(e)}") from e
+    return str(url)
+
+
+def _write_files(folder: str, run: Run, repo: str, license: str, picture: str | None) -> None:
+    from safetensors.torch import save_file
+
+    cfg = find_trained(run.path, ["MODEL.DEVICE", "cpu"]).clone()
+    shared = _shared_config(cfg).dump()
+    cfg.defrost()
+    cfg.TEST.AUG.ENABLED = False  # which would wrap the model
+    predictor, checkpoint = Predictor(cfg), load_checkpoint(cfg.MODEL.WEIGHTS)
+    state = {k: v.contiguous().clone() for k, v in predictor.model.state_dict().items()}
+    save_file(state, os.path.join(folder, "model.safetensors"))
+    threshold, file = None, Path(cfg.MODEL.WEIGHTS).with_name(THRESHOLD_FILE)
+    if file.is_file():
+        threshold = json.loads(file.read_bytes())
+        Path(folder, THRESHOLD_FILE).write_bytes(file.read_bytes())
+    classes = [{"id": k, "name": v} for k, v in (checkpoint.get("classes") or {}).items()]
+    content = json.dumps({"classes": classes, "threshold": threshold}, indent=1)
+    card = model_card(run, state, checkpoint, repo, license, bool(picture))
+    for name, text in (("config.yaml", shared), ("gnws.json", content), ("README.md", card)):
+        Path(folder, name).write_text(text, "utf-8")
+    if picture:
+        image = read_image(picture, "RGB")
+        instances = predictor(image[:, :, ::-1])["instances"]  # type: ignore[call-overload]
+        instances = instances[
+            instances.scores >= (threshold or {}).get("threshold", DEFAULT_THRESHOLD)
+        ]
+        visualizer = LabelVisualizer(image, predictor.metadata)
+        drawn = visualizer.draw_instance_predictions(instances).get_image()
+        cv2.imwrite(os.path.join(folder, "detections.jpg"), drawn[:, :, ::-1])
+
+
+def _shared_config(cfg: CfgNode) -> CfgNode:
+    """Return what predictions need: no path, no dataset and no device."""
+    cfg = cfg.clone()
+    for node, keys in (
+        (cfg, cfg.keys() - {"VERSION", "MODEL", "INPUT", "TEST"}),
+        (cfg.TEST, cfg.TEST.keys() - {"AUG", "DETECTIONS_PER_IMAGE"}),
+        (cfg.MODEL, {"WEIGHTS", "DEVICE"}),
+    ):
+        for key in keys:
+            del node[key]
+    return cfg
