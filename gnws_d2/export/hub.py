@@ -10,7 +10,7 @@ import cv2
 from detectron2.config import CfgNode
 
 from ..checkpoint import load_checkpoint
-from ..checkpoint.files import DEFAULT_THRESHOLD, THRESHOLD_FILE
+from ..checkpoint.files import THRESHOLD_FILE
 from ..checkpoint.hub import import_hub, shorten
 from ..data import read_image
 from ..prediction import Predictor, find_trained
@@ -89,10 +89,9 @@ def _write_files(folder: str, run: Run, repo: str, license: str, picture: str | 
         Path(folder, name).write_text(text, "utf-8")
     if picture:
         image = read_image(picture, "RGB")
-        instances = predictor(image[:, :, ::-1])["instances"]  # type: ignore[call-overload]
-        instances = instances[
-            instances.scores >= (threshold or {}).get("threshold", DEFAULT_THRESHOLD)
-        ]
+        outputs: Any = predictor(image[:, :, ::-1])
+        instances = outputs["instances"]
+        instances = instances[instances.scores >= predictor.threshold]
         visualizer = LabelVisualizer(image, predictor.metadata)
         drawn = visualizer.draw_instance_predictions(instances).get_image()
         cv2.imwrite(os.path.join(folder, "detections.jpg"), drawn[:, :, ::-1])

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import signal
@@ -83,28 +84,17 @@ def test_newest_checkpoints_are_kept_and_those_from_before_a_resume_count(tmp_pa
     assert names(tmp_path) == ["model_0000009", "model_0000011", "model_final"]
 
 
-def test_damaged_checkpoint_does_not_count(tmp_path):
-    hooks = [lambda checkpointer: PeriodicCheckpointer(checkpointer, 2, max_to_keep=2)]
-    Trainer(tmp_path, hooks).train(0, 5)
-    (tmp_path / "last_checkpoint").write_text("model_0000005.pth")
-    (tmp_path / "model_0000005.pth").write_bytes(b"damaged")
-    trainer = Trainer(tmp_path, hooks)
-    trainer.load_state_dict(torch.load(tmp_path / "model_0000003.pth")["trainer"])
-    trainer.train(4, 5)
-    assert names(tmp_path)[:2] == ["model_0000001", "model_0000003"]
-    trainer.train(5, 6)
-    assert names(tmp_path) == ["model_0000003", "model_0000005", "model_final"]
-
-
-def test_checkpoints_of_another_run_in_the_same_directory_stay(tmp_path):
+def test_damaged_checkpoints_and_those_of_another_run_do_not_count(tmp_path):
     others = ["model_0000000", "model_0000004", "model_0000008", "model_best"]
     for name in others:
         (tmp_path / f"{name}.pth").write_bytes(b"of another run")
-    hooks = [lambda checkpointer: PeriodicCheckpointer(checkpointer, 2, max_to_keep=1)]
-    Trainer(tmp_path, hooks).train(0, 4)
+    hooks = [lambda checkpointer: PeriodicCheckpointer(checkpointer, 2, max_to_keep=2)]
+    Trainer(tmp_path, hooks).train(0, 5)
+    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+    (tmp_path / "model_0000005.pth").write_bytes(b"damaged")
     trainer = Trainer(tmp_path, hooks)
-    trainer.train(trainer.resume(), 7)
-    assert names(tmp_path) == sorted([*others, "model_0000005", "model_final"])
+    trainer.train(trainer.resume(), 6)
+    assert names(tmp_path) == sorted([*others, "model_0000003", "model_0000005", "model_final"])
 
 
 def test_best_checkpoint_is_of_the_best_ap_also_after_a_resume(tmp_path):
@@ -253,31 +243,23 @@ def test_patience_counts_an_evaluation_that_was_interrupted(tmp_path, evaluating
     assert torch.load(tmp_path / "model_final.pth")["iteration"] == 5
 
 
-def test_training_stops_when_ap_does_not_improve(tmp_path, caplog):
+@pytest.mark.parametrize("patience, last", [(2, 3), (3, 6)])  # AP improves at the fifth
+def test_training_stops_when_ap_does_not_improve(tmp_path, caplog, patience, last):
     caplog.set_level("INFO")
-    aps = [10, 30, 20, 25, 40, 50]
 
-    class Evaluation(HookBase):
-        def after_step(self):
-            ap = aps[self.trainer.iter]
-            self.trainer.storage.put_scalar("bbox/AP", ap, smoothing_hint=False)
+    def evaluate(iteration):
+        ap = [10, 30, 20, 25, 40, 50][iteration]
+        get_event_storage().put_scalar("bbox/AP", ap, smoothing_hint=False)
 
-    def hooks(patience):
-        return [
-            lambda _: Evaluation(),
-            lambda checkpointer: BestCheckpointer(1, checkpointer, "bbox/AP", patience=patience),
-        ]
-
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    with pytest.raises(EarlyStop):
-        Trainer(tmp_path / "a", hooks(2)).train(0, 6)
-    assert "has not improved for 2 evaluations: stopping after iteration 3" in caplog.text
-    assert torch.load(tmp_path / "a" / "model_final.pth")["iteration"] == 3
-    assert torch.load(tmp_path / "a" / "model_best.pth")["iteration"] == 1
-    trainer = Trainer(tmp_path / "b", hooks(3))
-    trainer.train(0, 6)
-    assert trainer.iter == 6  # AP improved at the fifth evaluation
+    hooks = [lambda c: BestCheckpointer(1, c, "bbox/AP", patience=patience)]
+    trainer = Trainer(tmp_path, hooks, evaluate)
+    with pytest.raises(EarlyStop) if last < 6 else contextlib.nullcontext():
+        trainer.train(0, 6)
+    stopped = f"improved for 2 evaluations: stopping after iteration {last}" in caplog.text
+    assert trainer.iter == last and stopped == (last < 6)
+    if stopped:
+        assert torch.load(tmp_path / "model_final.pth")["iteration"] == 3
+        assert torch.load(tmp_path / "model_best.pth")["iteration"] == 1
 
 
 @pytest.mark.ci

@@ -14,28 +14,10 @@ import pytest
 import torch
 from conftest import ROOT, processes_of_test, wait_for
 
-# In every process of a training: writing a checkpoint takes as long as on a slow network disk.
+# In every process of a training: a file takes as long to write as on a slow network disk.
 SLOW_DISK = """
-import builtins, time
-
-class SlowFile:
-    def __init__(self, file):
-        self.file = file
-    def __enter__(self):
-        return self
-    def __exit__(self, *args):
-        self.file.close()
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-    def write(self, data):
-        time.sleep({delay})
-        return self.file.write(data)
-
-def slow_open(file, *args, open=builtins.open, **kwargs):
-    opened = open(file, *args, **kwargs)
-    return SlowFile(opened) if ".pth." in str(file) and str(file).endswith(".part") else opened
-
-builtins.open = slow_open
+import os, time
+os.fsync = lambda fd, fsync=os.fsync: (time.sleep(0.5), fsync(fd))
 """
 
 
@@ -76,36 +58,30 @@ def weights(output):
 
 
 @pytest.mark.parametrize(
-    "launcher, processes, workers, kills, iterations, delay",
+    "launcher, processes, kills, iterations",
     [
-        pytest.param("launcher", 1, 2, 1, 4, 0.001, marks=pytest.mark.ci),
-        *(
-            pytest.param(launcher, processes, 2, 20, 100, 0.005, marks=pytest.mark.slow)
-            for launcher in ("launcher", "torchrun")
-            for processes in (1, 2)
-            if (launcher, processes) != ("torchrun", 1)
-        ),
+        pytest.param("launcher", 1, 1, 4, marks=pytest.mark.ci),
+        pytest.param("launcher", 1, 20, 100, marks=pytest.mark.slow),
+        pytest.param("launcher", 2, 20, 100, marks=pytest.mark.slow),
+        pytest.param("torchrun", 2, 20, 100, marks=pytest.mark.slow),
     ],
 )
-def test_killed_run_resumes_bit_for_bit(
-    tmp_path, launcher, processes, workers, kills, iterations, delay
-):
+def test_killed_run_resumes_bit_for_bit(tmp_path, launcher, processes, kills, iterations):
     """Every other kill comes while a checkpoint is written, the others at random moments."""
-    keys = ["DATALOADER.NUM_WORKERS", str(workers), "SOLVER.MAX_ITER", str(iterations)]
+    keys = ["DATALOADER.NUM_WORKERS", "2", "SOLVER.MAX_ITER", str(iterations)]
     keys += ["SOLVER.CHECKPOINT_PERIOD", "2" if kills == 1 else "3"]
     how = {"launcher": launcher, "processes": processes}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(whole, "KEYS", *keys, **how).wait() == 0, Path(f"{whole}.txt").read_text()
 
     (tmp_path / "slow").mkdir()  # Python runs it at the start of every process
-    (tmp_path / "slow" / "sitecustomize.py").write_text(SLOW_DISK.format(delay=delay))
+    (tmp_path / "slow" / "sitecustomize.py").write_text(SLOW_DISK)
     path = os.pathsep.join([str(tmp_path / "slow"), os.environ.get("PYTHONPATH", "")])
     rng = random.Random(0)
-    done = while_writing = 0
+    done = 0
     while True:
         process = start(killed, "--resume", "KEYS", *keys, **how, PYTHONPATH=path)
         parts = set(killed.glob("*.part"))  # of the kill before
-        began = time.monotonic()
         if done < kills and done % 2 == 0:
             while process.poll() is None and not set(killed.glob("*.pth.*.part")) - parts:
                 time.sleep(0.01)
@@ -115,21 +91,14 @@ def test_killed_run_resumes_bit_for_bit(
                 process.wait(rng.uniform(0, 15) if done < kills else None)
         if process.poll() is not None:
             break
-        writing = set(killed.glob("*.pth.*.part")) - parts
         kill(process, launcher_alone=rng.random() < 0.5)
         done += 1
-        while_writing += bool(writing)
-        print(f"kill {done} after {time.monotonic() - began:.1f} s, writing {bool(writing)}")
     assert process.wait() == 0, Path(f"{killed}.txt").read_text()
     assert done == kills, "the run was over before: it needs more iterations"
     expected, actual = weights(whole), weights(killed)
     assert expected.keys() == actual.keys()
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
     assert list(killed.glob("*.part")) == []
-    print(
-        f"{how}: after {done} kills, {while_writing} of them while a checkpoint was written, all "
-        f"{len(actual)} weights are bit-equal to those of the uninterrupted run"
-    )
 
 
 def usage(pid):
@@ -159,8 +128,5 @@ def test_memory_and_open_files_do_not_grow(tmp_path):
                 samples[record["iterations"]] = usage(process.pid)
         time.sleep(0.2)
     assert process.wait() == 0, Path(f"{output}.txt").read_text()
-    for iteration in (200, 1000, 1980):
-        print(f"iteration {iteration}: {samples[iteration][0] / 2**20:.1f} MiB, "
-              f"{samples[iteration][1]} open files")  # fmt: skip
     early, late = samples[200], samples[1980]
     assert late[0] < 1.03 * early[0] and late[1] <= early[1]

@@ -94,6 +94,15 @@ def test_skipped_steps_leave_weights_and_momentum_as_they_are(caplog):
     assert message in caplog.text
 
 
+def test_bad_images_of_the_loader_are_counted_in_the_metrics():
+    class Loader(list):
+        num_bad_images = 3
+
+    trainer = make_trainer(["", ""])
+    trainer.data_loader = Loader(trainer.data_loader)
+    assert run(trainer, 1)["bad_images"] == 3
+
+
 def test_three_skipped_steps_in_a_row_stop():
     trainer = make_trainer(["nan", "", "nan", "inf", "diverged"], skip=True)
     run(trainer, 4)
@@ -157,26 +166,6 @@ def make_batch(n):
     return batch
 
 
-def accumulate(model, batches, steps):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    trainer = FiniteTrainer(
-        model, batches, optimizer, skip=False, last_checkpoint=str, accumulate_steps=steps
-    )
-    return run(trainer, len(batches))
-
-
-def test_accumulated_steps_equal_one_with_a_large_batch(float64_nms):
-    """Where images have equally many proposals: Detectron2's losses are means over them."""
-    batches = [make_batch(4)[::i] for i in (1, -1, 1)]
-    large, small = make_detector(masks=False), make_detector(masks=False)
-    accumulate(large, batches, 1)
-    accumulate(small, batches, 4)
-    for (name, a), b in zip(large.named_parameters(), small.parameters()):
-        if a.grad is not None:
-            torch.testing.assert_close(b.grad, a.grad, rtol=1e-6, atol=1e-6, msg=name)
-        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6, msg=name)
-
-
 def test_accumulated_gradient_and_losses_are_the_mean_over_the_parts(float64_nms):
     """As with one process per part (DistributedDataParallel), whatever is in the images."""
     model, batch = make_detector(masks=True), make_batch(3)
@@ -188,7 +177,11 @@ def test_accumulated_gradient_and_losses_are_the_mean_over_the_parts(float64_nms
             (sum(losses.values()) / 3).backward()
             for name, loss in losses.items():
                 expected[name] = expected.get(name, 0) + loss.item() / 3
-    latest = accumulate(model, [batch], 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    trainer = FiniteTrainer(
+        model, [batch], optimizer, skip=False, last_checkpoint=str, accumulate_steps=3
+    )
+    latest = run(trainer, 1)
     for a, b in zip(reference.parameters(), model.parameters()):
         if a.grad is not None:
             torch.testing.assert_close(b.grad, a.grad, rtol=1e-9, atol=1e-12)

@@ -264,30 +264,18 @@ def test_machines_without_a_shared_output_dir_do_not_resume(fruits, tmp_path):
         assert re.search(f"Ranks 0 and 1 differ in the start {starts}: start all with", run.stderr)
 
 
-@pytest.mark.ci
-def test_bad_image_is_skipped_and_counted(photographs, tmp_path):
-    shutil.copytree(photographs.images, tmp_path / "images")
-    bad = tmp_path / "images" / photographs.coco()["images"][0]["file_name"]
-    bad.write_bytes(bad.read_bytes()[:5000])
-    run = train_net(
-        "--dataset", "cut", str(photographs.json_file), str(tmp_path / "images"),
-        "--config-file", str(ROOT / "configs" / "quick_start.yaml"),
-        "DATASETS.TRAIN", "('cut',)", "DATASETS.TEST", "()", *TINY, "SOLVER.MAX_ITER", "18",
-        "DATALOADER.NUM_WORKERS", "2", "INPUT.ON_BAD_IMAGE", "skip", "OUTPUT_DIR", "output",
-        datasets=tmp_path,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count(f"{bad} is damaged") == 1  # of two times, or more
-    lines, _ = read_metrics(tmp_path / "output")
-    assert lines[-1]["bad_images"] >= 2
-
-
 def test_full_disk_stops_with_the_last_checkpoint_whole(fruits, tmp_path):
-    """The disk is a limit on the size of files, set once the first checkpoint is there."""
+    """
+    The disk is a limit on the size of files, set once the first checkpoint is there. The last
+    checkpoint of another training in the directory is forgotten at the start.
+    """
     options, keys = fruits
     keys += ["SOLVER.CHECKPOINT_PERIOD", "3", "OUTPUT_DIR", "output", "DATASETS.TEST", "()"]
-    process = start_train_net(*options, *keys, datasets=tmp_path)
     output = tmp_path / "output"
+    output.mkdir()
+    (output / "last_checkpoint").write_text("model_0000999.pth")
+    process = start_train_net(*options, *keys, datasets=tmp_path)
+    wait_for(lambda: not (output / "last_checkpoint").exists())
     wait_for((output / "last_checkpoint").exists)
     size = (output / "model_0000002.pth").stat().st_size
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size // 2, size // 2))

@@ -30,17 +30,11 @@ def test_agrees_with_pytorch_in_float64(residual, relu, channels_last):
     expected = sum(doubles[3:], F.group_norm(doubles[0], 32, *doubles[1:3], 1e-5))
     expected = expected.relu() if relu else expected
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    assert all(map(torch.equal, leaves, inputs))  # none is modified
     grad = torch.randn_like(out)
     grads = torch.autograd.grad(out, leaves, grad)
     for actual, wanted in zip(grads, torch.autograd.grad(expected, doubles, grad.double())):
         torch.testing.assert_close(actual.double(), wanted, rtol=1e-4, atol=1e-4)
-
-
-def test_residual_is_not_modified():
-    x, residual = torch.randn(2, 2, 32, 4, 4)
-    before = x.clone(), residual.clone()
-    group_norm(x, 32, torch.ones(32), torch.zeros(32), residual=residual, relu=True)
-    assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -54,10 +48,6 @@ def test_half_precision_stays_so_in_autocast_with_float32_statistics(dtype):
     assert out.dtype == dtype
     expected = F.group_norm(x.double(), 32).relu()
     torch.testing.assert_close(out.double(), expected, rtol=0.02, atol=0.02)
-
-
-def test_empty_input():
-    assert GroupNorm(32, 64)(torch.zeros(0, 64, 3, 3), relu=True).shape == (0, 64, 3, 3)
 
 
 @pytest.mark.parametrize("activation", [None, nn.ReLU()], ids=["", "activation"])

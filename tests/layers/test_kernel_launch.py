@@ -49,15 +49,6 @@ def kernel():
     return kernel
 
 
-def test_triton_launches_each_time_in_versions_that_were_not_read(kernel, monkeypatch):
-    monkeypatch.setattr(launch, "_DIRECT", launch.can_launch_directly("3.10.0"))
-    x = torch.zeros(32)
-    for number in (5, 6, 7):
-        kernel.launch((x,), (number,), (True,), 4)
-    assert kernel.by_triton == [(x, number, True) for number in (5, 6, 7)]
-    assert all(compiled.launched == [] for compiled in kernel.compiled)
-
-
 @pytest.mark.parametrize(
     "version, direct",
     [
