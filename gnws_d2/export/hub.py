@@ -5,6 +5,7 @@ import os
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import cv2
 from detectron2.config import CfgNode
