@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..utils.errors import UserError
 from .model_card import model_card
 
 _FILES = ["config.yaml", "gnws.json", "model.safetensors"]
+_OPTIONAL = ["detections.jpg", "threshold.json"]
 
 
 def push_to_hub(
@@ -52,8 +54,12 @@ def push_to_hub(
             url = api.create_repo(repo, private=private or None, exist_ok=True)
             if private and not api.repo_info(repo).private:
                 raise UserError(f"{url} is public: name another repository for --private.")
-            message = f"Upload a model of gnws_d2 {version('gnws_d2')}"
-            api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                commit_message=f"Upload a model of gnws_d2 {version('gnws_d2')}",
+                delete_patterns=_OPTIONAL,  # those of an earlier model
+            )
         except hub.errors.HfHubHTTPError as e:
             raise UserError(
                 f"The Hugging Face Hub refuses {repo}: {_shorten(e.server_message or e)} If it is "
@@ -127,10 +133,14 @@ def _write_files(folder: str, run: Run, repo: str, license: str, picture: str | 
     predictor, checkpoint = Predictor(cfg), load_checkpoint(cfg.MODEL.WEIGHTS)
     state = {k: v.contiguous().clone() for k, v in predictor.model.state_dict().items()}
     save_file(state, os.path.join(folder, "model.safetensors"))
-    threshold, file = None, Path(cfg.MODEL.WEIGHTS).with_name("threshold.json")
+    threshold, cut, file = None, 0.5, Path(cfg.MODEL.WEIGHTS).with_name("threshold.json")
     if file.is_file():
-        threshold = json.loads(file.read_bytes())
-        Path(folder, "threshold.json").write_bytes(file.read_bytes())
+        try:
+            threshold = json.loads(file.read_bytes())
+            cut = float(threshold["threshold"])
+        except (ValueError, LookupError, TypeError) as e:
+            raise UserError(f"{file} is damaged: remove it to push without it.") from e
+        shutil.copyfile(file, os.path.join(folder, file.name))
     classes = [{"id": k, "name": v} for k, v in (checkpoint.get("classes") or {}).items()]
     content = json.dumps({"classes": classes, "threshold": threshold}, indent=1)
     card = model_card(run, state, checkpoint, repo, license, bool(picture))
@@ -139,7 +149,7 @@ def _write_files(folder: str, run: Run, repo: str, license: str, picture: str | 
     if picture:
         image = read_image(picture, "RGB")
         instances = predictor(image[:, :, ::-1])["instances"]  # type: ignore[call-overload]
-        instances = instances[instances.scores >= (threshold or {}).get("threshold", 0.5)]
+        instances = instances[instances.scores >= cut]
         visualizer = LabelVisualizer(image, predictor.metadata)
         drawn = visualizer.draw_instance_predictions(instances).get_image()
         cv2.imwrite(os.path.join(folder, "detections.jpg"), drawn[:, :, ::-1])
