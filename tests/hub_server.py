@@ -97,13 +97,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ]
             return self.answer({"files": files})
         if call == "commit":
-            files = {}
+            files = dict(commits.get(commits.get("main"), {}))
             for line in map(json.loads, body.splitlines()):
                 value = line["value"]
                 if line["key"] == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     files[value["path"]] = self.server.objects[value["oid"]]
+                elif line["key"] == "deletedFile":
+                    del files[value["path"]]
             sha = self.server.commit(repo, files)
             return self.answer({"commitUrl": f"{self.server.url}/{repo}", "commitOid": sha})
         revision = rest[0] if rest else "main"

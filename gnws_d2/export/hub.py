@@ -52,8 +52,12 @@ def push_to_hub(
             url = api.create_repo(repo, private=private or None, exist_ok=True)
             if private and not api.repo_info(repo).private:
                 raise UserError(f"{url} is public: name another repository for --private.")
-            message = f"Upload a model of gnws_d2 {version('gnws_d2')}"
-            api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                commit_message=f"Upload a model of gnws_d2 {version('gnws_d2')}",
+                delete_patterns=["detections.jpg", THRESHOLD_FILE],  # those of an earlier model
+            )
         except hub.errors.HfHubHTTPError as e:
             raise UserError(
                 f"The Hugging Face Hub refuses {repo}: {shorten(e.server_message or e)} If it is "

@@ -68,8 +68,7 @@ def model_card(
         "Objects": objects,
         "Classes": f"{len(classes)}: {', '.join(classes)}" if classes else "",
         "Iterations": f"{iteration + 1:,}" if iteration >= 0 else "",
-        "Images per iteration": str(cfg.SOLVER.IMS_PER_BATCH),
-        "Duration of the training": run.facts.get("Duration", ""),
+        "Duration": run.facts.get("Duration", ""),
         "Versions": run.facts.get("Versions", ""),
     }
     rows = [[name, _escape(text)] for name, text in facts.items() if text]
@@ -100,9 +99,8 @@ def _evaluation(run: Run, iteration: int) -> str:
         return "The log of the training has no evaluation of this checkpoint."
     images, objects = _count(names[:1])
     where = f" on {images} images with {objects} objects" if images else ""
-    return f"COCO AP{where}, in percent:\n\n" + tabulate(
-        rows, ["", *METRICS], "github", disable_numparse=True
-    )
+    table = tabulate(rows, ["%", *METRICS], "github", disable_numparse=True)
+    return f"COCO AP{where}:\n\n{table}"
 
 
 def _count(datasets: tuple[str, ...]) -> tuple[str, str]:
