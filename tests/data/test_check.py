@@ -235,7 +235,7 @@ def test_class_names_are_returned_in_the_order_of_their_ids(check):
         ),
         (
             annotation(id=1077, bbox=[800, 10, 5, 5]),
-            "annotation id 1077 .*outside .* its image id 0",
+            "annotation id 1077 .* its image id 0 of 800x600: its box is outside of",
         ),
         (annotation(id=1077, bbox=[1, 2, 3]), "annotation id 1077 .*four finite numbers"),
         (image(file_name="gone.jpg"), "image id 0 has a file that does not exist .*gone.jpg"),

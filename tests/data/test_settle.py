@@ -449,7 +449,7 @@ def test_class_of_via_is_the_attribute_with_the_fewest_values(tmp_path, attribut
 @pytest.mark.parametrize(
     "bad, message",
     [
-        (region("polyline", all_points_x=[1, 2, 3], all_points_y=[1, 5, 1]), "not a polygon"),
+        (region("polyline", all_points_x=[1, 2, 3], all_points_y=[1, 5, 1]), "not a region"),
         (region("point", cx=4, cy=5), "not a region"),
         (region("polygon", all_points_x=[1, 2, 3], all_points_y=[1, 5]), "not a polygon"),
         (region("rect", x=4, y=6, width=10), "height"),
@@ -457,7 +457,7 @@ def test_class_of_via_is_the_attribute_with_the_fewest_values(tmp_path, attribut
         (VIA[0] | {"region_attributes": {}}, "no kind"),
         (VIA[0] | {"region_attributes": ["x"]}, "no kind"),
         (region("rect") | {"shape_attributes": [1]}, "not a region"),
-        (None, "not a region"),
+        (None, "no kind, which others have"),
     ],
 )
 def test_region_of_via_that_cannot_be_used_is_left_out_and_named(tmp_path, bad, message):

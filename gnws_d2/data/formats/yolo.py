@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterator
 
 from ...utils.errors import UserError
-from .label import Label, Object, to_number, to_numbers
+from ..rules import is_polygon, to_number, to_numbers
+from .label import Label, Object
 from .tree import Tree, read_text, stem
 from .yolo_data import NAME_FILES, find_data_file, read_classes
 
@@ -70,7 +71,7 @@ def _parse_line(words: list[str], names: dict[int, str], keypoints: int, where: 
         outside = not all(-0.01 <= v <= 1.01 for v in values)
     if outside:
         object.fault = f"its coordinates are not from 0 to 1: {' '.join(words)[:80]!r}"
-    elif len(values) != 4 and (len(values) < 6 or len(values) % 2):
+    elif len(values) != 4 and not is_polygon(values):
         object.fault = (
             f"its coordinates are neither a box (4) nor a polygon: there are {len(values)}"
         )
