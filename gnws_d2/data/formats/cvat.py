@@ -8,7 +8,7 @@ import numpy as np
 
 from ...utils.errors import UserError
 from ..rules import to_number, to_numbers
-from .label import Label, Object, box_of, ellipse, paste
+from .label import Label, Object, box_of, check_name, ellipse, paste
 from .tree import Tree
 
 _REGIONS = ("box", "polygon", "mask", "ellipse")
@@ -26,9 +26,8 @@ def parse(tree: Tree, file: str) -> Iterator[Label]:
     if root.find("track") is not None:
         raise UserError(f"{tree.path(file)} is CVAT for video: export it as CVAT for images 1.1.")
     for index, image in enumerate(root.iter("image"), 1):
-        name, size = image.get("name", ""), (image.get("width"), image.get("height"))
-        if not name:
-            raise UserError(f"{tree.path(file)}: picture {index} has no name.")
+        name = check_name(image.get("name"), f"{tree.path(file)}: picture {index}")
+        size = (image.get("width"), image.get("height"))
         # Of a project: each subset has a directory.
         named = "/".join(filter(None, (image.get("subset"), name)))
         label = Label(file, named, (), size)
@@ -50,7 +49,7 @@ def _read_shape(object: Object, item: ElementTree.Element, size: tuple) -> None:
         values = to_numbers([item.get(key) for key in ("cx", "cy", "rx", "ry")])
         if values:
             turn = np.deg2rad(to_number(item.get("rotation")) or 0)
-            object.segmentation = [ellipse(values[:2], values[2], values[3], float(turn))]
+            object.segmentation = [ellipse(*values, angle=float(turn))]
     else:
         values = to_numbers([item.get(key) for key in ("xtl", "ytl", "xbr", "ybr")])
         if values and not to_number(item.get("rotation")):

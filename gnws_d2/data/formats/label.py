@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 
+from ...utils.errors import UserError
 from ..rules import is_size, to_number
 
 IGNORED = "__ignore__"  # the name of a region with objects of all classes, labelme's
@@ -88,6 +89,13 @@ class Label:
         self.objects.append(object)
 
 
+def check_name(name: Any, what: str) -> str:
+    """Return the name of a picture. Raise UserError if it has none."""
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{what} has no name.")
+    return name
+
+
 def corners_of(box: Any) -> list[float]:
     """Return the polygon of a box of x, y, width and height."""
     x, y, w, h = box
@@ -99,14 +107,13 @@ def box_of(x1: float, y1: float, x2: float, y2: float) -> list[float]:
     return [min(x1, x2), min(y1, y2), abs(x2 - x1), abs(y2 - y1)]
 
 
-def ellipse(center: Sequence[float], rx: float, ry: float, angle: float = 0) -> list[float]:
+def ellipse(cx: float, cy: float, rx: float, ry: float, *, angle: float = 0) -> list[float]:
     """Return a polygon of 32 points for an ellipse that is turned by `angle` radians."""
     if not min(rx, ry) > 0:
         raise ValueError("its radius is not positive")
     angles = np.linspace(0, 2 * np.pi, 32, endpoint=False)
-    points = np.stack([rx * np.cos(angles), ry * np.sin(angles)])
-    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    return ((turn @ points).T + center).ravel().tolist()
+    x, y, cos, sin = rx * np.cos(angles), ry * np.sin(angles), math.cos(angle), math.sin(angle)
+    return np.stack([cx + cos * x - sin * y, cy + sin * x + cos * y], 1).ravel().tolist()
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:

@@ -14,8 +14,6 @@ from ..rules import to_numbers
 from .label import IGNORED, Label, Object, box_of, corners_of, ellipse, paste
 from .tree import Tree, stem
 
-_BACKGROUND = "_background_"
-
 
 def find(tree: Tree) -> list[str]:
     """Return the label files of this format."""
@@ -36,7 +34,7 @@ def parse(tree: Tree, file: str) -> Iterator[Label]:
         what = f"shape {number}" if group is None else f"group {group}"
         groups[str(shape.get("label") or ""), what].append(shape)
     for (name, what), parts in groups.items():
-        if name != _BACKGROUND:
+        if name != "_background_":
             object = Object(f"{tree.path(file)}, {what}", name, crowd=name == IGNORED)
             label.add(object, _read_shapes, parts, size)
     yield label
@@ -87,4 +85,5 @@ def _read_polygon(kind: Any, points: list[list[float]]) -> list[float]:
         raise ValueError(f"{kind!r} is not a region")
     if len(points) != 2:
         raise ValueError("a circle has its center and another point")
-    return ellipse(points[0], *[math.dist(*points)] * 2)
+    (x, y), radius = points[0], math.dist(points[0], points[1])
+    return ellipse(x, y, radius, radius)

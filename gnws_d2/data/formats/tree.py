@@ -1,5 +1,6 @@
 """The files of a dataset: the picture that a label belongs to, and the split of a picture."""
 
+import contextlib
 import functools
 import os
 import re
@@ -90,13 +91,10 @@ class Tree:
         """The content of the JSON files that can be read, by file."""
         contents = {}
         for file in self.with_suffix(".json"):
-            try:
-                content = parse_json(Path(self.path(file)).read_bytes())
-            except (OSError, ValueError, RecursionError):
-                continue
-            if isinstance(content, dict) and "shapes" in content:
-                content.pop("imageData", None)  # labelme's copy of the picture
-            contents[file] = content
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                content = contents[file] = parse_json(Path(self.path(file)).read_bytes())
+                if isinstance(content, dict) and "shapes" in content:
+                    content.pop("imageData", None)  # labelme's copy of the picture
         return contents
 
     @functools.cached_property
@@ -141,7 +139,7 @@ class Tree:
                 if beside in found:
                     return beside
                 return self._nearest(label, found, parts[-1])
-        for name in (*stems, *([stem(parts[-1])] if parts else [])):
+        for name in (*stems, *map(stem, parts[-1:])):
             if found := self._of_stem.get(name.lower(), []):
                 return self._nearest(label, found, name)
         return None
@@ -186,13 +184,11 @@ class Tree:
         Read the pictures that a list file names, a path, a name or a stem in each line. A flag of
         -1, 0 or 1 behind it, as in Pascal VOC's lists of a class, is not part of the name.
         """
-        found: set[str] = set()
-        for line in read_text(self.path(file)).splitlines():
-            name = line.strip()
+        found = set()
+        for name in filter(None, map(str.strip, read_text(self.path(file)).splitlines())):
             for candidate in (name, re.sub(r"\s+-?[01]$", "", name)):
-                candidate = candidate.replace("\\", "/")
-                stems = [candidate.rpartition("/")[2]]
-                if name and (picture := self.find_picture(file, candidate, stems)):
+                stems = [re.split(r"[\\/]", candidate)[-1]]
+                if picture := self.find_picture(file, candidate, stems):
                     found.add(picture)
                     break
         return found
@@ -254,9 +250,8 @@ def read_text(path: str) -> str:
 def _walk(root: str) -> Iterable[str]:
     for directory, directories, names in os.walk(root, followlinks=True):
         directories[:] = [d for d in directories if not re.match(_LEFT_BEHIND, d)]
-        for name in names:
-            if name[0] != ".":
-                yield os.path.relpath(os.path.join(directory, name), root).replace(os.sep, "/")
+        for name in (name for name in names if name[0] != "."):
+            yield os.path.relpath(os.path.join(directory, name), root).replace(os.sep, "/")
 
 
 def _parts(path: str) -> list[str]:

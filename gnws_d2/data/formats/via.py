@@ -4,9 +4,8 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from ...utils.errors import UserError
 from ..rules import to_numbers
-from .label import Label, Object, ellipse
+from .label import Label, Object, check_name, ellipse
 from .tree import Tree
 
 _VALUES = {
@@ -32,24 +31,19 @@ def parse(tree: Tree, file: str) -> Iterator[Label]:
     """Read the labels of a file."""
     items = _items(tree.jsons[file])
     key = _class_attribute([own for item in items for _, own in _regions(item)])
-    missing = f"{key}, which others have"
     for index, item in enumerate(items, 1):
-        name = item["filename"]
-        if not isinstance(name, str) or not name:
-            raise UserError(f"{tree.path(file)}: picture {index} has no name.")
-        label = Label(file, name)
+        label = Label(file, check_name(item["filename"], f"{tree.path(file)}: picture {index}"))
         for number, (shape, attributes) in enumerate(_regions(item), 1):
-            where = f"{tree.path(file)}, {name}, region {number}"
+            where = f"{tree.path(file)}, {label.named}, region {number}"
             object = Object(where, "object" if key is None else _value(attributes, key))
-            label.add(object, _read_shape, shape, what=missing)
+            label.add(object, _read_shape, shape, what=f"{key}, which others have")
         yield label
 
 
 def _regions(item: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Return the shape and the attributes of each region."""
-    regions = item["regions"]
-    regions = [*regions.values()] if isinstance(regions, dict) else regions
-    for region in map(_dict, regions if isinstance(regions, list) else []):
+    given = item["regions"]
+    for region in map(_dict, given if isinstance(given, list) else _dict(given).values()):
         yield _dict(region.get("shape_attributes")), _dict(region.get("region_attributes"))
 
 
@@ -83,16 +77,14 @@ def _read_shape(object: Object, shape: dict[str, Any]) -> None:
     keys = _VALUES.get(str(kind))
     if keys is None:
         raise ValueError(f"{kind!r} is not a region")
-    given = [shape.get(key) for key in keys]
     if kind == "polygon":
-        x, y = (to_numbers(values) or [] for values in given)
+        x, y = (to_numbers(shape.get(key)) or [] for key in keys)
         if not x or len(x) != len(y):
             raise ValueError("it is not a polygon")
         object.segmentation = [[v for point in zip(x, y) for v in point]]
-    elif (values := to_numbers(given)) is None:
+    elif (values := to_numbers([shape.get(key) for key in keys])) is None:
         raise ValueError(f"its {', '.join(keys)} are not all numbers")
     elif kind == "rect":
         object.box, object.rectangle = values, True
     else:
-        cx, cy, rx, ry = values
-        object.segmentation = [ellipse((cx, cy), rx, ry, float(shape.get("theta") or 0))]
+        object.segmentation = [ellipse(*values, angle=float(shape.get("theta") or 0))]
