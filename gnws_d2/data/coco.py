@@ -16,7 +16,7 @@ from detectron2.utils.file_io import PathManager
 from ..utils.errors import UserError
 from ..utils.process import no_garbage_collection
 from .check import find_issues, read_coco_json
-from .rules import is_polygon, seem_corners
+from .rules import is_polygon, refuse_corners
 
 _KEYS = ("iscrowd", "bbox", "keypoints", "category_id")  # that Detectron2 takes as they are
 
@@ -53,13 +53,10 @@ def check_coco_json(
             warnings[issue.key].append(issue.message)
         elif issue.level == "error" or evaluation:
             raise UserError(f"{json_file}: {issue.message}")
-    sizes = {image["id"]: (image["width"], image["height"]) for image in coco["images"]}
-    annotations = coco["annotations"] if "bbox" in warnings else []
-    if seem_corners([a["bbox"] for a in annotations], [sizes[a["image_id"]] for a in annotations]):
-        raise UserError(
-            f"{json_file}: the boxes seem to be x1, y1, x2, y2, which would all be inside their "
-            "images: convert them to COCO's x, y, width, height."
-        )
+    if "bbox" in warnings:
+        sizes = {image["id"]: (image["width"], image["height"]) for image in coco["images"]}
+        of_box = [sizes[a["image_id"]] for a in coco["annotations"]]
+        refuse_corners([a["bbox"] for a in coco["annotations"]], of_box, json_file)
     for key, messages in warnings.items():
         logging.getLogger(__name__).warning(
             f"{json_file}: {len(messages)} warning(s) about {key!r}; the first: {messages[0]}"

@@ -9,6 +9,8 @@ import numpy as np
 import pycocotools.mask as mask_util
 from PIL import Image
 
+from ..utils.errors import UserError
+
 _NUMBERS = {int, float}
 
 # Shorten values from a file to fit in a message.
@@ -99,9 +101,13 @@ def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
     return mask_util.merge(rle) if isinstance(rle, list) else rle
 
 
-def seem_corners(boxes: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]]) -> bool:
-    """Return whether all boxes fit into their images as x1, y1, x2, y2, and many not otherwise."""
+def refuse_corners(boxes: Sequence[Any], sizes: Sequence[Any], where: str) -> None:
+    """Refuse boxes that all fit into their images as x1, y1, x2, y2, and many not otherwise."""
     size = np.reshape(sizes, (-1, 2)) + 1
     first, last = np.hsplit(np.reshape(boxes, (-1, 4)), 2)
     fit = (first <= last) & (last <= size)
-    return bool(len(size) and fit.all() and (first + last > size).any(axis=1).mean() > 0.2)
+    if len(size) and fit.all() and (first + last > size).any(axis=1).mean() > 0.2:
+        raise UserError(
+            f"{where}: the boxes seem to be x1, y1, x2, y2, which would all be inside their "
+            "pictures: convert them to x, y, width, height."
+        )
