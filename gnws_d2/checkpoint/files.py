@@ -179,7 +179,7 @@ def _read_safetensors(file: str) -> dict[str, Any]:
     try:
         from safetensors.torch import load_file
     except ImportError as e:
-        raise UserError("it needs safetensors: pip install 'gnws_d2[hub]'") from e
+        raise UserError("it needs safetensors: pip install huggingface-hub safetensors") from e
     try:
         known = json.loads(Path(file).with_name("gnws.json").read_bytes())["classes"]
         classes = {c["id"]: str(c["name"]) for c in known}

@@ -53,7 +53,9 @@ def import_hub(purpose: str, repo: str) -> Any:
         import huggingface_hub.utils
         import safetensors.torch  # noqa: F401
     except ImportError as e:
-        raise UserError(f"{purpose}, pip install 'gnws_d2[hub]' ({e.name} is missing).") from e
+        raise UserError(
+            f"{purpose}, pip install huggingface-hub safetensors ({e.name} is missing)."
+        ) from e
     try:
         huggingface_hub.utils.validate_repo_id(repo if "/" in repo else f"/{repo}")
     except ValueError as e:

@@ -1,28 +1,29 @@
 """Read a dataset in COCO format, and find its issues."""
 
+import itertools
 import json
-import math
 import os
-import reprlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import orjson
-import pycocotools.mask as mask_util
 from detectron2.utils.file_io import PathManager
-from PIL import Image
 
 from ..utils.errors import UserError
 from ..utils.process import no_garbage_collection
+from .rules import (
+    are_numbers,
+    find_box_fault,
+    find_rle_fault,
+    is_name,
+    is_polygon,
+    is_size,
+    shorten,
+)
 
 _ITEMS = {"categories": "category", "images": "image", "annotations": "annotation"}
 
-_Found = tuple[str, str, str]  # level, key, and the message after the id
-
-# Shorten values from a file to fit in a message.
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = 200
-_short = _repr.repr
+_Found = Iterator[tuple[str, str, str]]  # level, key, and the message after the id
 
 
 class Issue(NamedTuple):
@@ -35,6 +36,14 @@ class Issue(NamedTuple):
     message: str  # a sentence, without the name of the file
 
 
+def parse_json(text: bytes) -> Any:
+    """Return the content of a JSON file. Raise ValueError or RecursionError if it is not valid."""
+    try:
+        return orjson.loads(text)
+    except ValueError:  # Python's reader takes NaN, and its errors say more
+        return json.loads(text)
+
+
 def read_coco_json(json_file: str) -> dict[str, Any]:
     """
     Read an annotation file, with lists of dicts in "images", "categories" and "annotations".
@@ -43,13 +52,8 @@ def read_coco_json(json_file: str) -> dict[str, Any]:
         UserError: if it cannot be read or has another format.
     """
     try:
-        with PathManager.open(json_file, "rb") as f:
-            text = f.read()
-        with no_garbage_collection():
-            try:
-                content = orjson.loads(text)
-            except ValueError:  # Python's reader takes NaN, and its errors say more
-                content = json.loads(text)
+        with PathManager.open(json_file, "rb") as f, no_garbage_collection():
+            content = parse_json(f.read())
     except OSError as e:
         raise UserError(f"Cannot read the annotation file {json_file}: {e.strerror or e}.") from e
     except (ValueError, RecursionError) as e:
@@ -74,37 +78,38 @@ def find_issues(coco: dict[str, Any], image_root: str, *, masks: bool) -> Iterat
         image_root: directory of the images. Symbolic links in it are followed.
         masks: whether every annotation needs a segmentation.
     """
+    # By id, as they are found.
+    known: dict[str, dict[Any, dict[str, Any]]] = {items: {} for items in _ITEMS}
+    finders: dict[str, Callable[[dict[str, Any]], _Found]] = {
+        "categories": _find_category_issues,
+        "images": lambda image: _find_image_issues(image, image_root),
+        "annotations": lambda annotation: _find_annotation_issues(annotation, known, masks),
+    }
     for items, item in _ITEMS.items():
-        seen = set()
         for content in coco[items]:
-            if not _is_id(content.get("id")):
-                yield _issue(item, content, "error", "id", "is not a whole number from 0.")
-            elif content["id"] in seen:
-                yield _issue(item, content, "error", "id", "is not unique.")
-            else:
-                seen.add(content["id"])
-    for category in coco["categories"]:
-        name = category.get("name")
-        # Detectron2 prints the names, and a terminal obeys control characters.
-        if not isinstance(name, str) or not name.isprintable():
-            what = f"has the name {_short(name)}, which is not printable text."
-            yield _issue("category", category, "error", "name", what)
-    for image in coco["images"]:
-        for found in _find_image_issues(image, image_root):
-            yield _issue("image", image, *found)
-    sizes = {image["id"]: _size(image) for image in coco["images"] if _is_id(image.get("id"))}
-    class_ids = {c["id"] for c in coco["categories"] if _is_id(c.get("id"))}
-    for annotation in coco["annotations"]:
-        for found in _find_annotation_issues(annotation, sizes, class_ids, masks):
-            yield _issue("annotation", annotation, *found)
+            found = itertools.chain(_find_id_issues(content, known[items]), finders[items](content))
+            for level, key, what in found:
+                message = f"{item} id {shorten(content.get('id'))} {what}"
+                yield Issue(level, item, content.get("id"), key, message)
 
 
-def _issue(item: str, content: dict[str, Any], level: str, key: str, what: str) -> Issue:
-    message = f"{item} id {_short(content.get('id'))} {what}"
-    return Issue(level, item, content.get("id"), key, message)
+def _find_id_issues(item: dict[str, Any], known: dict[Any, dict[str, Any]]) -> _Found:
+    """Find the issues of an id, and add the item to those that are known."""
+    if not _is_id(item.get("id")):
+        yield "error", "id", "is not a whole number from 0."
+    elif item["id"] in known:
+        yield "error", "id", "is not unique."
+    else:
+        known[item["id"]] = item
 
 
-def _find_image_issues(image: dict[str, Any], image_root: str) -> Iterator[_Found]:
+def _find_category_issues(category: dict[str, Any]) -> _Found:
+    name = category.get("name")
+    if not is_name(name):
+        yield "error", "name", f"has the name {shorten(name)}, which is not printable text."
+
+
+def _find_image_issues(image: dict[str, Any], image_root: str) -> _Found:
     name: Any = image.get("file_name")
     if (
         not isinstance(name, str)
@@ -112,81 +117,71 @@ def _find_image_issues(image: dict[str, Any], image_root: str) -> Iterator[_Foun
         or "://" in name
         or ".." in os.path.normpath(name).split(os.sep)
     ):
-        what = f"has the file name {_short(name)}, which is not a path in the image directory."
+        what = f"has the file name {shorten(name)}, which is not a path in the image directory."
         yield "error", "file_name", what
     elif not PathManager.isfile(path := os.path.join(image_root, name)):
-        what = f"has a file that does not exist or is not a regular file: {_short(path)}."
+        what = f"has a file that does not exist or is not a regular file: {shorten(path)}."
         yield "error", "file", what
     if _size(image) is None:
-        what = f"has the size {_short(image.get('width'))} x {_short(image.get('height'))}, which "
-        what += "is not in pixels, or larger than PIL.Image.MAX_IMAGE_PIXELS."
+        what = f"has the size {shorten(image.get('width'))} x {shorten(image.get('height'))}, which"
+        what += " is not in pixels, or larger than PIL.Image.MAX_IMAGE_PIXELS."
         yield "error", "size", what
 
 
 def _find_annotation_issues(
-    annotation: dict[str, Any], sizes: dict[Any, Any], class_ids: set[Any], masks: bool
-) -> Iterator[_Found]:
+    annotation: dict[str, Any], known: dict[str, dict[Any, dict[str, Any]]], masks: bool
+) -> _Found:
     image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
-    if not _is_id(category_id) or category_id not in class_ids:
-        what = f"has category id {_short(category_id)}, which is not in 'categories'."
+    if not _is_id(category_id) or category_id not in known["categories"]:
+        what = f"has category id {shorten(category_id)}, which is not in 'categories'."
         yield "error", "category_id", what
     if annotation.get("ignore", 0) != 0:
         yield "error", "ignore", "has 'ignore', which Detectron2 does not support: remove it."
-    if "iscrowd" not in annotation or not _are_numbers([annotation.get("area")]):
+    if "iscrowd" not in annotation or not are_numbers([annotation.get("area")]):
         what = "has no 'iscrowd' or no 'area', which COCO's evaluation needs."
         yield "evaluation", "area", what
-    if not _is_id(image_id) or image_id not in sizes:
-        what = f"has image id {_short(image_id)}, which is not in 'images'."
+    if not _is_id(image_id) or image_id not in known["images"]:
+        what = f"has image id {shorten(image_id)}, which is not in 'images'."
         yield "error", "image_id", what
-    elif sizes[image_id] is not None:  # or else an error of the image
-        yield from _find_box_issues(annotation, *sizes[image_id])
-        yield from _find_mask_issues(annotation, masks, *sizes[image_id])
+    elif size := _size(known["images"][image_id]):  # or else an error of the image
+        yield from _find_box_issues(annotation, *size)
+        yield from _find_mask_issues(annotation.get("segmentation"), masks, *size)
 
 
-def _find_box_issues(annotation: dict[str, Any], width: int, height: int) -> Iterator[_Found]:
+def _find_box_issues(annotation: dict[str, Any], width: int, height: int) -> _Found:
     bbox: Any = annotation.get("bbox")
-    if not _are_numbers(bbox) or len(bbox) != 4:
-        yield "error", "bbox", f"has the box {_short(bbox)}, which is not four finite numbers."
+    if not are_numbers(bbox) or len(bbox) != 4:
+        yield "error", "bbox", f"has the box {shorten(bbox)}, which is not four finite numbers."
         return
     x, y, w, h = bbox
-    x2, y2 = x + w, y + h
-    if w <= 0 or h <= 0:
-        level, how = "warning", "has no area and is not trained on, in"
-    elif not (-width <= x < width and 0 < x2 <= 2 * width) or not (
-        -height <= y < height and 0 < y2 <= 2 * height
-    ):
-        level, how = "error", "is outside or far over the edge of"
-    elif x < -1 or y < -1 or x2 > width + 1 or y2 > height + 1:
-        level, how = "warning", "is clipped to"
-    else:
-        return
-    what = f"has the box {bbox} (x, y, width, height), which {how} its image id "
-    yield level, "bbox", what + f"{_short(annotation['image_id'])} of {width}x{height}."
+    its_image = f"its image id {shorten(annotation['image_id'])} of {width}x{height}"
+    if fault := find_box_fault(bbox, width, height):
+        level = "warning" if w <= 0 or h <= 0 else "error"  # Detectron2 leaves it out
+        yield level, "bbox", f"cannot be used in {its_image}: {fault}."
+    elif x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
+        yield "warning", "bbox", f"has the box {bbox}, which is clipped to {its_image}."
 
 
-def _find_mask_issues(
-    annotation: dict[str, Any], masks: bool, width: int, height: int
-) -> Iterator[_Found]:
-    segmentation: Any = annotation.get("segmentation")
+def _find_mask_issues(segmentation: Any, masks: bool, width: int, height: int) -> _Found:
     if segmentation and isinstance(segmentation, list):
         for polygon in segmentation:
             level, what = _find_polygon_issue(polygon, masks, width, height)
             if what:
-                yield level, "segmentation", f"has the polygon {_short(polygon)}, which {what}"
+                yield level, "segmentation", f"has the polygon {shorten(polygon)}, which {what}"
     elif segmentation and isinstance(segmentation, dict):
-        if error := find_rle_error(segmentation, width, height):
-            yield "error", "segmentation", f"has RLE that cannot be decoded: {error}."
+        if fault := find_rle_fault(segmentation, width, height):
+            yield "error", "segmentation", f"has RLE that cannot be decoded: {fault}."
     elif segmentation or masks:
-        what = f"has the segmentation {_short(segmentation)}: give polygons or RLE, or set "
+        what = f"has the segmentation {shorten(segmentation)}: give polygons or RLE, or set "
         yield "error", "segmentation", what + "MODEL.MASK_ON False to train boxes only."
 
 
 def _find_polygon_issue(polygon: Any, masks: bool, width: int, height: int) -> tuple[str, str]:
     """Return the level and the end of a sentence, which is empty for a polygon without issue."""
     longer = max(width, height)
-    if not _are_numbers(polygon):
+    if not are_numbers(polygon):
         return "error", "is not a list of finite numbers."
-    if len(polygon) < 6 or len(polygon) % 2:
+    if not is_polygon(polygon):
         # Detectron2 leaves it out, but COCO's evaluation takes it for a box.
         return "evaluation" if masks else "warning", "has fewer than three points."
     if min(polygon) < -longer or max(polygon) > 2 * longer:
@@ -194,42 +189,13 @@ def _find_polygon_issue(polygon: Any, masks: bool, width: int, height: int) -> t
     return "", ""
 
 
-def find_rle_error(rle: dict[str, Any], width: int, height: int) -> str:
-    """Return why an RLE cannot be decoded for an image of a size, or ""."""
-    if rle.get("size") != [height, width]:
-        return f"its size is {_short(rle.get('size'))}, its image's [{height}, {width}]"
-    counts = rle.get("counts")
-    # pycocotools would read past the end of a string that stops within a number.
-    if not counts or (isinstance(counts, str) and ord(counts[-1]) - 48 & 32):
-        return f"its counts {_short(counts)} are not complete"
-    try:
-        if isinstance(counts, list):
-            rle = mask_util.frPyObjects(rle, height, width)
-        mask_util.decode(rle)
-    except (TypeError, ValueError, OverflowError) as e:
-        return f"{_short(counts)}: {e}"
-    return ""
-
-
 def _size(image: dict[str, Any]) -> tuple[int, int] | None:
     """Return the width and height of an image if it can have them."""
     w: Any = image.get("width")
     h: Any = image.get("height")
-    if not _is_id(w) or not _is_id(h) or not 0 < w * h <= (Image.MAX_IMAGE_PIXELS or math.inf):
-        return None
-    return w, h
+    return (w, h) if _is_id(w) and _is_id(h) and is_size(w, h) else None
 
 
 def _is_id(value: Any) -> bool:
     """Return True for whole numbers from 0, except bools: what COCO's ids and sizes can be."""
     return type(value) in (int, float) and 0 <= value < 2**53 and value % 1 == 0
-
-
-def _are_numbers(values: Any) -> bool:
-    """Return True for a list of finite ints or floats, except bools."""
-    if not isinstance(values, list) or not {int, float}.issuperset(map(type, values)):
-        return False
-    try:
-        return all(map(math.isfinite, values))
-    except OverflowError:  # an int that is larger than any float
-        return False

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
@@ -17,6 +16,7 @@ from detectron2.utils.file_io import PathManager
 from ..utils.errors import UserError
 from ..utils.process import no_garbage_collection
 from .check import find_issues, read_coco_json
+from .rules import is_polygon, refuse_corners
 
 _KEYS = ("iscrowd", "bbox", "keypoints", "category_id")  # that Detectron2 takes as they are
 
@@ -53,25 +53,15 @@ def check_coco_json(
             warnings[issue.key].append(issue.message)
         elif issue.level == "error" or evaluation:
             raise UserError(f"{json_file}: {issue.message}")
-    if "bbox" in warnings and _boxes_are_corners(coco):
-        raise UserError(
-            f"{json_file}: the boxes seem to be x1, y1, x2, y2, which would all be inside their "
-            "images: convert them to COCO's x, y, width, height."
-        )
+    if "bbox" in warnings:
+        sizes = {image["id"]: (image["width"], image["height"]) for image in coco["images"]}
+        of_box = [sizes[a["image_id"]] for a in coco["annotations"]]
+        refuse_corners([a["bbox"] for a in coco["annotations"]], of_box, json_file)
     for key, messages in warnings.items():
         logging.getLogger(__name__).warning(
             f"{json_file}: {len(messages)} warning(s) about {key!r}; the first: {messages[0]}"
         )
     return _classes(coco)
-
-
-def _boxes_are_corners(coco: dict[str, Any]) -> bool:
-    """Return whether all boxes fit into their images as x1, y1, x2, y2, and many not as COCO's."""
-    sizes = {image["id"]: (image["width"], image["height"]) for image in coco["images"]}
-    size = np.array([sizes[annotation["image_id"]] for annotation in coco["annotations"]]) + 1
-    first, last = np.hsplit(np.array([a["bbox"] for a in coco["annotations"]]), 2)
-    fit = (first <= last) & (last <= size)
-    return bool(fit.all() and (first + last > size).any(axis=1).mean() > 0.2)
 
 
 def read_categories(json_file: str) -> dict[Any, str]:
@@ -121,7 +111,7 @@ def load_coco_json(json_file: str, image_root: str, dataset_name: str) -> list[d
         record = {key: annotation[key] for key in _KEYS if key in annotation}
         if segmentation := annotation.get("segmentation"):
             if isinstance(segmentation, list):
-                segmentation = [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0]
+                segmentation = [p for p in segmentation if is_polygon(p)]
                 if not segmentation:
                     continue
             elif isinstance(segmentation["counts"], list):

@@ -11,6 +11,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from iopath.common.file_io import file_lock
 
+from .coco import class_fields
+
 CLASSES = ("circle", "square", "triangle")
 IMAGE_SIZE = 128  # pixels
 _SPLITS = {"shapes_train": (1000, 0), "shapes_val": (100, 1)}  # images, seed
@@ -106,7 +108,5 @@ def register_shapes() -> None:
     for name in _SPLITS:
         DatasetCatalog.register(name, lambda name=name: load_shapes(name))
         MetadataCatalog.get(name).set(
-            thing_classes=list(CLASSES),
-            thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASSES))},
-            evaluator_type="coco",
+            evaluator_type="coco", **class_fields(dict(enumerate(CLASSES, 1)))
         )

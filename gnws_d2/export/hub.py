@@ -58,6 +58,8 @@ def push_to_hub(
                 commit_message=f"Upload a model of gnws_d2 {version('gnws_d2')}",
                 delete_patterns=["detections.jpg", THRESHOLD_FILE],  # those of an earlier model
             )
+        except UserError:  # of an image, which is a ValueError, too
+            raise
         except hub.errors.HfHubHTTPError as e:
             raise UserError(
                 f"The Hugging Face Hub refuses {repo}: {shorten(e.server_message or e)} If it is "

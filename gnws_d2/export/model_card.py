@@ -23,10 +23,10 @@ This is {network} with Group Normalization and Weight Standardization, for gnws_
 ## Use
 
 ```python
-import cv2
-from gnws_d2 import Predictor  # pip install 'gnws_d2[hub]'
+from gnws_d2 import Predictor  # with huggingface-hub and safetensors
 predictor = Predictor.from_pretrained("{repo}")
-instances = predictor(cv2.imread("image.jpg"))["instances"]
+instances = predictor("image.jpg")["instances"]
+instances = instances[instances.scores >= predictor.threshold]
 print([predictor.metadata.thing_classes[i] for i in instances.pred_classes], instances)
 ```
 

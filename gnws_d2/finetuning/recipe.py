@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from detectron2.config import CfgNode
 
-Coco = dict[str, Any]
+from ..data.formats import Coco
 
 _MIN_EDGE, _MAX_EDGE, _RATIO = 32, 800, 1333 / 800  # of images; the last two are the recipe's
 # Pixels of the smallest tenth of the objects, as the recipe's are at 800 x 1067: 0.024 of the image

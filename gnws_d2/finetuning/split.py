@@ -4,7 +4,7 @@ import itertools
 import random
 from typing import Any
 
-Coco = dict[str, Any]
+from ..data.formats import Coco
 
 
 def split_dataset(coco: Coco, fraction: float = 0.2, seed: int = 0) -> dict[str, Coco]:

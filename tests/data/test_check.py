@@ -14,6 +14,20 @@ from gnws_d2.utils.errors import UserError
 H, W = 600, 800  # of the photographs
 
 
+@pytest.fixture
+def check(photographs, tmp_path):
+    """Check the photographs' annotations after a change to them."""
+
+    def check(change, function=check_coco_json, **options):
+        coco = photographs.coco()
+        change(coco)
+        path = tmp_path / "annotations.json"
+        path.write_text(json.dumps(coco))
+        return function(str(path), str(photographs.images), **options)
+
+    return check
+
+
 def issues_of(coco, image_root, masks=True):
     issues = find_issues(coco, str(image_root), masks=masks)
     return {(issue.level, issue.item, issue.id, issue.key) for issue in issues}
@@ -23,70 +37,62 @@ def annotation(**values):
     return lambda coco: coco["annotations"][0].update(values)
 
 
-def rle(counts, size=(H, W)):
-    return annotation(segmentation={"size": list(size), "counts": counts})
-
-
 def image(**values):
     return lambda coco: coco["images"][0].update(values)
 
 
+def rle(counts, size=(H, W)):
+    return {"size": [*size], "counts": counts}
+
+
+# What is wrong in each field, by the level of the issue, and the item.
+FAULTS = {
+    ("error", "annotation"): {
+        "id": [2],
+        "image_id": [99, {}],
+        "category_id": ["1", [1]],
+        "ignore": [1],
+        "bbox": [
+            None, ["1", 2, 3, 4], [True, 2, 3, 4], [1, 2, float("inf"), 4], [W, 2, 3, 4],
+            [-(10**300), 2, 10**300, 4], [10**400, 2, 3, 4],
+        ],
+        "segmentation": [
+            [], "x", [3], [[1, 2, 3, 4, 5, None]], [[0, 0, 9, 9, 1e9, 9]], rle([]), rle(None),
+            rle([H * W], (W, H)), rle([H * W], ("a", 0)), rle([H * W + 1, -1]), rle("é"),
+            rle("P"),  # ends within a number
+        ],
+    },
+    ("warning", "annotation"): {"bbox": [[3, 2, 0, 4], [9, 2, 3, -4], [W - 9, 2, 30, 4]]},
+    ("evaluation", "annotation"): {
+        "area": [None, "9"], "segmentation": [[[1, 2, 3, 4]], [[0] * 7]],
+    },
+    ("error", "image"): {
+        "file": ["gone.jpg", "a\0b", "\ud800"],
+        "file_name": [
+            3, "../images/0.jpg", "a/../../images/0.jpg", "/etc/passwd", "http://a/0.jpg"
+        ],
+        "size": [(0, H), (W, "600"), (100_000, 100_000), (float("nan"), H)],
+        "id": [1],
+    },
+    ("error", "category"): {"name": [None, 3], "id": [2]},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "change, level, item, key",
-    [
-        (annotation(image_id=99), "error", "annotation", "image_id"),
-        (annotation(image_id={}), "error", "annotation", "image_id"),
-        (annotation(category_id="1"), "error", "annotation", "category_id"),
-        (annotation(category_id=[1]), "error", "annotation", "category_id"),
-        (annotation(bbox=None), "error", "annotation", "bbox"),
-        (annotation(bbox=["1", 2, 3, 4]), "error", "annotation", "bbox"),
-        (annotation(bbox=[True, 2, 3, 4]), "error", "annotation", "bbox"),
-        (annotation(bbox=[1, 2, float("inf"), 4]), "error", "annotation", "bbox"),
-        (annotation(bbox=[-(10**300), 2, 10**300, 4]), "error", "annotation", "bbox"),
-        (annotation(bbox=[10**400, 2, 3, 4]), "error", "annotation", "bbox"),
-        (annotation(bbox=[W, 2, 3, 4]), "error", "annotation", "bbox"),
-        (annotation(bbox=[3, 2, 0, 4]), "warning", "annotation", "bbox"),
-        (annotation(bbox=[9, 2, 3, -4]), "warning", "annotation", "bbox"),
-        (annotation(bbox=[W - 9, 2, 30, 4]), "warning", "annotation", "bbox"),
-        (annotation(segmentation=[]), "error", "annotation", "segmentation"),
-        (annotation(segmentation="x"), "error", "annotation", "segmentation"),
-        (annotation(segmentation=[3]), "error", "annotation", "segmentation"),
-        (annotation(segmentation=[[1, 2, 3, 4, 5, None]]), "error", "annotation", "segmentation"),
-        (annotation(segmentation=[[1, 2, 3, 4]]), "evaluation", "annotation", "segmentation"),
-        (annotation(segmentation=[[0] * 7]), "evaluation", "annotation", "segmentation"),
-        (annotation(segmentation=[[0, 0, 9, 9, 1e9, 9]]), "error", "annotation", "segmentation"),
-        (rle([H * W], (W, H)), "error", "annotation", "segmentation"),
-        (rle([H * W], ("a", 0)), "error", "annotation", "segmentation"),
-        (rle([H * W + 1, -1]), "error", "annotation", "segmentation"),
-        (rle([]), "error", "annotation", "segmentation"),
-        (rle("P"), "error", "annotation", "segmentation"),  # ends within a number
-        (rle("é"), "error", "annotation", "segmentation"),
-        (rle(None), "error", "annotation", "segmentation"),
-        (annotation(ignore=1), "error", "annotation", "ignore"),
-        (annotation(area=None), "evaluation", "annotation", "area"),
-        (annotation(area="9"), "evaluation", "annotation", "area"),
-        (annotation(id=2), "error", "annotation", "id"),
-        (image(file_name="gone.jpg"), "error", "image", "file"),
-        (image(file_name="a\0b"), "error", "image", "file"),
-        (image(file_name="\ud800"), "error", "image", "file"),
-        (image(file_name=3), "error", "image", "file_name"),
-        (image(file_name="../images/0.jpg"), "error", "image", "file_name"),
-        (image(file_name="a/../../images/0.jpg"), "error", "image", "file_name"),
-        (image(file_name="/etc/passwd"), "error", "image", "file_name"),
-        (image(file_name="http://a/0.jpg"), "error", "image", "file_name"),
-        (image(width=0), "error", "image", "size"),
-        (image(height="600"), "error", "image", "size"),
-        (image(width=100_000, height=100_000), "error", "image", "size"),
-        (image(width=float("nan")), "error", "image", "size"),
-        (lambda coco: coco["categories"][0].pop("name"), "error", "category", "name"),
-        (lambda coco: coco["categories"].append(coco["categories"][0]), "error", "category", "id"),
-        (lambda coco: coco["images"].append(coco["images"][0]), "error", "image", "id"),
-    ],
+    "level, item, key, value",
+    [(*k, key, v) for k, fields in FAULTS.items() for key, own in fields.items() for v in own],
 )
-def test_issue_is_found_and_no_other(photographs, change, level, item, key):
+def test_issue_is_found_and_no_other(photographs, level, item, key, value):
     coco = photographs.coco()
     assert issues_of(coco, photographs.images) == set()
-    change(coco)
+    items = coco["categories" if item == "category" else f"{item}s"]
+    own = items[0]
+    if key == "id" and item != "annotation":  # others refer to it
+        items.append({**items[1], "id": value})
+    elif key == "size":
+        own["width"], own["height"] = value
+    else:
+        own["file_name" if key == "file" else key] = value
     ((*found, id_, found_key),) = issues_of(coco, photographs.images)
     assert (*found, found_key) == (level, item, key)
     assert id_ in (0, 1, 2)
@@ -102,25 +108,26 @@ def test_id_that_is_not_a_whole_number_is_found(photographs, items, id_):
 
 
 @pytest.mark.parametrize("name", ["a\x1b[31mred", "two\nlines", "\u202ereversed", None])
-def test_class_name_that_a_terminal_would_obey_is_an_error(photographs, tmp_path, name):
+def test_class_name_that_a_terminal_would_obey_is_an_error(check, name):
     """Detectron2 prints the names in a table."""
-    coco = photographs.coco()
-    coco["categories"][0]["name"] = name
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps(coco))
-    for read in (read_categories, lambda path: check_coco_json(path, str(photographs.images))):
+
+    def change(coco):
+        coco["categories"][0]["name"] = name
+
+    for function in (check_coco_json, lambda path, *_: read_categories(path)):
         with pytest.raises(UserError, match=r"category id 1 has the name .* not printable") as e:
-            read(str(path))
+            check(change, function)
         assert str(e.value).isprintable()
 
 
-def test_class_names_of_any_script_are_read_in_the_order_of_their_ids(photographs, tmp_path):
-    coco = photographs.coco()
-    coco["categories"] = [{"id": 7, "name": "größe 日本"}, {"id": 2, "name": "fig tree"}]
-    (tmp_path / "a.json").write_text(json.dumps(coco))
-    assert list(read_categories(str(tmp_path / "a.json")).items()) == [
-        (2, "fig tree"), (7, "größe 日本")
-    ]  # fmt: skip
+def test_class_names_of_any_script_are_read_in_the_order_of_their_ids(check):
+    def change(coco):
+        coco["categories"] = [{"id": 7, "name": "größe 日本"}, {"id": 2, "name": "fig tree"}]
+
+    names = check(change, lambda path, *_: read_categories(path))
+    assert list(names.items()) == [(2, "fig tree"), (7, "größe 日本")]
+    names = check(lambda coco: coco["categories"].reverse())
+    assert list(names.items()) == [(1, "date"), (2, "fig"), (3, "hazelnut")]
 
 
 def test_pipe_is_not_taken_for_an_image(photographs, tmp_path):
@@ -131,28 +138,25 @@ def test_pipe_is_not_taken_for_an_image(photographs, tmp_path):
     assert issues_of(coco, tmp_path) == {("error", "image", 0, "file")}
 
 
-def test_annotations_without_segmentation_train_boxes_only(photographs, tmp_path):
-    coco = photographs.coco()
-    for a in coco["annotations"]:
-        del a["segmentation"]
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps(coco))
-    check_coco_json(str(path), str(photographs.images))
-    with pytest.raises(
-        UserError, match=r"annotation id 1 has the segmentation None.*MODEL.MASK_ON"
-    ):
-        check_coco_json(str(path), str(photographs.images), masks=True)
+def test_annotations_without_segmentation_train_boxes_only(check):
+    def change(coco):
+        for a in coco["annotations"]:
+            del a["segmentation"]
+
+    check(change)
+    match = r"annotation id 1 has the segmentation None.*MODEL.MASK_ON"
+    with pytest.raises(UserError, match=match):
+        check(change, masks=True)
 
 
-def test_what_only_evaluation_needs_does_not_stop_training(photographs, tmp_path):
-    coco = photographs.coco()
-    coco["annotations"][0].pop("area")
-    coco["annotations"][1]["segmentation"].append([1, 2, 3, 4])
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps(coco))
-    check_coco_json(str(path), str(photographs.images), masks=True)
+def test_what_only_evaluation_needs_does_not_stop_training(check):
+    def change(coco):
+        coco["annotations"][0].pop("area")
+        coco["annotations"][1]["segmentation"].append([1, 2, 3, 4])
+
+    check(change, masks=True)
     with pytest.raises(UserError, match=r"annotation id 1 .*'area'"):
-        check_coco_json(str(path), str(photographs.images), masks=True, evaluation=True)
+        check(change, masks=True, evaluation=True)
 
 
 @pytest.mark.parametrize("compressed", [True, False])
@@ -207,48 +211,33 @@ def test_file_that_is_not_coco_json_is_an_error_of_one_sentence(tmp_path, text):
     assert "\n" not in str(e.value)
 
 
-@pytest.fixture
-def check(photographs, tmp_path):
-    """Check the photographs' annotations after a change to them."""
-
-    def check(change, **kwargs):
-        coco = photographs.coco()
-        change(coco)
-        path = tmp_path / "annotations.json"
-        path.write_text(json.dumps(coco))
-        return check_coco_json(str(path), str(photographs.images), **kwargs)
-
-    return check
-
-
-def test_class_names_are_returned_in_the_order_of_their_ids(check):
-    classes = check(lambda coco: coco["categories"].reverse())
-    assert list(classes.items()) == [(1, "date"), (2, "fig"), (3, "hazelnut")]
+def to_corners(coco):
+    for a in coco["annotations"]:
+        x, y, w, h = a["bbox"]
+        a["bbox"] = [x, y, x + w, y + h]
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (
-            annotation(id=1077, category_id=9),
-            "annotation id 1077 has category id 9, .*'categories'",
-        ),
-        (
-            annotation(id=1077, bbox=[800, 10, 5, 5]),
-            "annotation id 1077 .*outside .* its image id 0",
-        ),
-        (annotation(id=1077, bbox=[1, 2, 3]), "annotation id 1077 .*four finite numbers"),
+        (annotation(id=7, category_id=9), "annotation id 7 has category id 9, .*'categories'"),
+        (annotation(id=7, bbox=[800, 10, 5, 5]),
+         "annotation id 7 .* its image id 0 of 800x600: its box is outside of"),
+        (annotation(id=7, bbox=[1, 2, 3]), "annotation id 7 .*four finite numbers"),
         (image(file_name="gone.jpg"), "image id 0 has a file that does not exist .*gone.jpg"),
+        (image(file_name="../0.jpg"), r"image id 0 has the file name '\.\./0\.jpg'"),
         (lambda coco: coco.pop("categories"), "COCO's instances format: no list 'categories'"),
+        (to_corners, "boxes seem to be x1, y1, x2, y2"),
     ],
-)
+)  # fmt: skip
 def test_first_error_names_the_file_and_the_item(check, tmp_path, change, message):
     def change_with_warning(coco):
         coco["annotations"][4]["bbox"] = [3, 2, 0, 4]
         change(coco)
 
     with pytest.raises(UserError, match=message) as e:
-        check(change_with_warning)
+        own = change if change is to_corners else change_with_warning
+        check(own, skip_bad_images="gone" not in message)
     assert str(tmp_path / "annotations.json") in str(e.value)
     assert "\n" not in str(e.value)
 
@@ -265,18 +254,3 @@ def test_clipped_boxes_and_skipped_images_are_warnings(check, caplog):
         check(change, skip_bad_images=True)
     assert "1 warning(s) about 'file'; the first: image id 3 has a file" in caplog.text
     assert "2 warning(s) about 'bbox'; the first: annotation id 1 has the box" in caplog.text
-
-
-def test_boxes_of_corners_are_recognized(check):
-    def change(coco):
-        for a in coco["annotations"]:
-            x, y, w, h = a["bbox"]
-            a["bbox"] = [x, y, x + w, y + h]
-
-    with pytest.raises(UserError, match="boxes seem to be x1, y1, x2, y2"):
-        check(change)
-
-
-def test_image_out_of_the_directory_is_never_skipped(check):
-    with pytest.raises(UserError, match=r"image id 0 has the file name '\.\./0\.jpg'"):
-        check(image(file_name="../0.jpg"), skip_bad_images=True)

@@ -3,9 +3,9 @@ import zlib
 
 import cv2
 import numpy as np
-import pycocotools.mask as mask_util
 import pytest
 import torch
+from builders import encode
 from detectron2.data.datasets import load_coco_json
 from detectron2.structures import polygons_to_bitmask
 from PIL import Image
@@ -71,7 +71,7 @@ def test_boxes_and_masks_line_up_with_the_image(records, tmp_path, flip, rle):
     record["file_name"] = str(path)
     if rle:
         for annotation, mask in zip(record["annotations"], masks):
-            annotation["segmentation"] = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
+            annotation["segmentation"] = encode(mask)
 
     mapper = OpenCVDatasetMapper(get_config(450, flip), True)
     flipped = set()
@@ -108,7 +108,7 @@ def test_instances_equal_those_of_detectron2s_mapper(records, flip, rle, monkeyp
             for annotation in record["annotations"]:
                 size = record["height"], record["width"]
                 mask = polygons_to_bitmask(annotation["segmentation"], *size)
-                annotation["segmentation"] = mask_util.encode(np.asfortranarray(mask, np.uint8))
+                annotation["segmentation"] = encode(mask)
 
     def mapped():
         np.random.seed(0)
@@ -127,32 +127,31 @@ def test_instances_equal_those_of_detectron2s_mapper(records, flip, rle, monkeyp
 def test_only_regular_files_are_opened(tmp_path, special):
     """Reading a pipe that nobody writes to, or /dev/zero, would never end."""
     path = tmp_path / "special.jpg"
-    if special == "pipe":
-        os.mkfifo(path)
-    elif special == "device":
-        path.symlink_to("/dev/zero")
-    else:
-        path.mkdir()
+    {"pipe": os.mkfifo, "directory": os.mkdir}.get(special, lambda p: p.symlink_to("/dev/zero"))(
+        path
+    )
     with pytest.raises(BadImageError, match=f"{path}: it is not a regular file"):
         read_image(str(path), "BGR")
 
 
-@pytest.mark.parametrize("fault", ["missing", "empty", "truncated", "no image", "another size"])
+FAULTS = {
+    "missing": None,
+    "empty": lambda data: b"",
+    "truncated": lambda data: data[: len(data) // 2],
+    "no image": lambda data: b"<html>not found</html>",
+    "another size": lambda data: data,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
 def test_faulty_image_is_an_error_that_names_it(records, tmp_path, fault, suffix):
-    record = dict(records[0], file_name=str(tmp_path / f"photo{suffix}"))
-    image = cv2.imread(records[0]["file_name"])
-    data = cv2.imencode(suffix, image)[1].tobytes()
-    if fault == "empty":
-        data = b""
-    elif fault == "truncated":
-        data = data[: len(data) // 2]
-    elif fault == "no image":
-        data = b"<html>not found</html>"
-    elif fault == "another size":
-        record["width"] += 1
-    if fault != "missing":
-        (tmp_path / f"photo{suffix}").write_bytes(data)
+    path = tmp_path / f"photo{suffix}"
+    record = dict(records[0], file_name=str(path))
+    record["width"] += fault == "another size"
+    if change := FAULTS[fault]:
+        data = cv2.imencode(suffix, cv2.imread(records[0]["file_name"]))[1].tobytes()
+        path.write_bytes(change(data))
     with pytest.raises(UserError) as e:
         OpenCVDatasetMapper(get_config(), True)(record)
     assert record["file_name"] in str(e.value)

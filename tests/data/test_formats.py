@@ -1,9 +1,8 @@
 """One hand-made dataset in each format and layout gives the COCO file that was written by hand."""
 
-import json
-
+import builders
 import pytest
-from PIL import Image
+from builders import classes_of, corners, voc, write
 
 from gnws_d2.data.formats import Notes, read_coco_files, read_dataset
 from gnws_d2.utils.errors import UserError
@@ -18,60 +17,31 @@ BOXES = [
 CLASSES = ["cat", "dog"]
 
 
-def corners(x, y, w, h):
-    return [x, y, x + w, y, x + w, y + h, x, y + h]
+def images(directory="images", suffix="jpg"):
+    return {f"{directory}/{stem}.{suffix}": size for stem, size in SIZES.items()}
 
 
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-
-
-def write_images(root, directory="images", suffix="jpg"):
-    (root / directory).mkdir(parents=True, exist_ok=True)
-    for stem, size in SIZES.items():
-        Image.new("RGB", size).save(root / directory / f"{stem}.{suffix}")
-
-
-def coco(file_name="{}.jpg", stems=tuple(SIZES), masks=True):
-    """The COCO dataset of some of the images."""
-    images = [
-        {"id": i, "file_name": file_name.format(s), "width": SIZES[s][0], "height": SIZES[s][1]}
-        for i, s in enumerate(SIZES, 1)
-        if s in stems
-    ]
-    annotations = []
-    for number, (stem, name, box) in enumerate(BOXES, 1):
-        if stem in stems:
-            annotation = {
-                "id": number, "image_id": list(SIZES).index(stem) + 1, "bbox": box, "iscrowd": 0,
-                "category_id": CLASSES.index(name) + 1, "area": box[2] * box[3],
-            }  # fmt: skip
-            annotations.append({**annotation, "segmentation": [corners(*box)] * masks})
-    categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)]
-    return {"images": images, "annotations": annotations, "categories": categories}
+def coco(*stems):
+    """The COCO dataset of some of the images, or of all."""
+    own = [(f"{stem}.jpg", *more) for stem, *more in BOXES if not stems or stem in stems]
+    return builders.coco({name: SIZES[name[:-4]] for name in dict(o[:2] for o in own)}, own)
 
 
 def objects_of(dataset):
     """(stem of the image, class, box, outline) of each object, in a form that can be compared."""
-    names = {c["id"]: c["name"] for c in dataset["categories"]}
-    images = {i["id"]: i for i in dataset["images"]}
-    for image in images.values():
-        assert SIZES[stem_of(image)] == (image["width"], image["height"])
+    stems = {i["id"]: i["file_name"].rpartition("/")[2][:-4] for i in dataset["images"]}
+    for image in dataset["images"]:
+        assert SIZES[stems[image["id"]]] == (image["width"], image["height"])
     return sorted(
         (
-            stem_of(images[a["image_id"]]),
-            names[a["category_id"]],
+            stems[a["image_id"]],
+            name,
             [round(v, 3) for v in a["bbox"]],
             [[round(v, 3) for v in p] for p in a.get("segmentation", [])],
             a["iscrowd"],
         )
-        for a in dataset["annotations"]
+        for a, name in zip(dataset["annotations"], classes_of(dataset))
     )
-
-
-def stem_of(image):
-    return image["file_name"].rpartition("/")[2].rpartition(".")[0]
 
 
 def expected(masks=False, stems=tuple(SIZES)):
@@ -82,42 +52,37 @@ def expected(masks=False, stems=tuple(SIZES)):
     ]
 
 
-def yolo_lines(stem, polygons=False, separator=" ", end=""):
-    width, height = SIZES[stem]
-    lines = []
-    for image, name, (x, y, w, h) in BOXES:
-        values = [(x + w / 2) / width, (y + h / 2) / height, w / width, h / height]
-        if polygons:
-            points = corners(x, y, w, h)
-            values = [v / (height if i % 2 else width) for i, v in enumerate(points)]
-        if image == stem:
-            lines.append(separator.join(map(str, [CLASSES.index(name), *values])) + end)
-    return "\n".join(lines) + "\n"
+def assert_splits(splits, masks):
+    """Whether "a" is in train, and "b c" in val."""
+    assert objects_of(splits["train"]) == expected(masks, ["a"])
+    assert objects_of(splits["val"]) == expected(masks, ["b c"])
 
 
-def write_yolo(root, images="images", labels="labels", names="names: [cat, dog]\n", **kwargs):
-    write_images(root, images)
-    for stem in SIZES:
-        write(root / labels / f"{stem}.txt", yolo_lines(stem, **kwargs))
-    if names:
-        write(root / "data.yaml", names)
+def yolo(
+    directory="images", labels="labels", names="names: [cat, dog]\n", polygons=False, separator=" ",
+    end="",
+):  # fmt: skip
+    files = images(directory) | ({"data.yaml": names} if names else {})
+    for stem, (width, height) in SIZES.items():
+        lines = ""
+        for image, name, (x, y, w, h) in BOXES:
+            values = [(x + w / 2) / width, (y + h / 2) / height, w / width, h / height]
+            if polygons:
+                points = corners(x, y, w, h)
+                values = [v / (height if i % 2 else width) for i, v in enumerate(points)]
+            if image == stem:
+                lines += separator.join(map(str, [CLASSES.index(name), *values])) + f"{end}\n"
+        files[f"{labels}/{stem}.txt"] = lines
+    return files
 
 
-def voc_xml(stem, objects=BOXES, difficult="0"):
-    text = ""
-    for image, name, (x, y, w, h) in objects:
-        box = f"<xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax>"
-        if image == stem:
-            text += f"<object><name>{name}</name><difficult>{difficult}</difficult>"
-            text += f"<bndbox>{box}</bndbox></object>"
-    return f"<annotation><filename>{stem}.jpg</filename>{text}</annotation>"
+def voc_of(stem):
+    return voc(*(own[1:] for own in BOXES if own[0] == stem), filename=f"{stem}.jpg")
 
 
 @pytest.mark.parametrize("name", ["train/_annotations.coco.json", "annotations/instances.json"])
 def test_coco_with_the_images_anywhere(tmp_path, name):
-    write_images(tmp_path, "train")
-    write(tmp_path / name, coco())
-    splits = read_dataset(str(tmp_path))
+    splits = read_dataset(write(tmp_path, images("train") | {name: coco()}))
     assert objects_of(splits["all"]) == expected(masks=True)
     assert splits["all"]["images"][0]["file_name"] == "train/a.jpg"
 
@@ -125,45 +90,39 @@ def test_coco_with_the_images_anywhere(tmp_path, name):
 def test_coco_as_downloaded(tmp_path):
     """Captions, keypoints, panoptic segments and image_info lie beside the instances."""
     for split, stem in (("train", "a"), ("val", "b c")):
-        write_images(tmp_path, f"{split}2017")
-        instances, annotations = coco(stems=[stem]), tmp_path / "annotations"
-        write(annotations / f"instances_{split}2017.json", instances)
-        keypoints = [{**c, "keypoints": ["nose"]} for c in instances["categories"]]
-        people = {**instances, "categories": keypoints}
-        write(annotations / f"person_keypoints_{split}2017.json", people)
-        captions = {**instances, "annotations": [{"id": 1, "image_id": 1, "caption": "a"}]}
-        write(annotations / f"captions_{split}2017.json", captions)
-        panoptic = {**instances, "annotations": [{"image_id": 1, "segments_info": []}]}
-        write(annotations / f"panoptic_{split}2017.json", panoptic)
-        write(annotations / "image_info_test2017.json", {"images": instances["images"]})
+        own = coco(stem)
+        panoptic, captions = [{"image_id": 1, "segments_info": []}], [{"id": 1, "caption": "a"}]
+        people = [{**c, "keypoints": ["nose"]} for c in own["categories"]]
+        others = {
+            f"instances_{split}2017": own,
+            f"person_keypoints_{split}2017": own | {"categories": people},
+            f"captions_{split}2017": own | {"annotations": captions},
+            f"panoptic_{split}2017": own | {"annotations": panoptic},
+            "image_info_test2017": {"images": own["images"]},
+        }
+        write(tmp_path, {f"annotations/{name}.json": content for name, content in others.items()})
+        write(tmp_path, images(f"{split}2017"))
     splits = read_dataset(str(tmp_path))
-    assert objects_of(splits["train"]) == expected(True, ["a"])
-    assert objects_of(splits["val"]) == expected(True, ["b c"])
+    assert_splits(splits, True)
     assert splits["val"]["images"][0]["file_name"] == "val2017/b c.jpg"
 
 
 def test_coco_files_of_one_split_are_joined_and_one_without_a_split_is_train(tmp_path):
-    write_images(tmp_path)
-    write(tmp_path / "first.json", coco(stems=["a"]))
-    write(tmp_path / "second.json", coco(stems=["b c"]))
+    write(tmp_path, images() | {"first.json": coco("a"), "second.json": coco("b c")})
     assert objects_of(read_dataset(str(tmp_path))["all"]) == expected(True)
     (tmp_path / "second.json").rename(tmp_path / "val.json")
-    splits = read_dataset(str(tmp_path))
-    assert objects_of(splits["train"]) == expected(True, ["a"])
-    assert objects_of(splits["val"]) == expected(True, ["b c"])
+    assert_splits(read_dataset(str(tmp_path)), True)
 
 
 def test_classes_of_two_files_are_the_same_by_name_without_those_that_have_no_objects(tmp_path):
     """Roboflow's exports have a parent class of id 0 without objects."""
-    write_images(tmp_path)
-    parts = {"train": coco(stems=["a"]), "val": coco(stems=["b c"])}
+    parts = {"train": coco("a"), "val": coco("b c")}
     parts["train"]["categories"] = [{"id": i, "name": n} for i, n in enumerate(["pet", *CLASSES])]
     parts["val"]["categories"] = [{"id": 2, "name": "bird"}, {"id": 7, "name": "dog"}]
-    bird, dog = parts["val"]["annotations"][0], {**parts["val"]["annotations"][0], "id": 9}
-    parts["val"]["annotations"] = [bird, {**dog, "category_id": 7}]
+    (bird,) = parts["val"]["annotations"]
+    parts["val"]["annotations"] = [bird, {**bird, "id": 9, "category_id": 7}]
+    write(tmp_path, images() | parts)
     files = {split: (str(tmp_path / split), str(tmp_path / "images")) for split in parts}
-    for split, content in parts.items():
-        write(tmp_path / split, content)
     splits = read_coco_files(files)
     categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 3, "name": "bird"}]
     assert splits["train"]["categories"] == splits["val"]["categories"] == categories
@@ -172,59 +131,43 @@ def test_classes_of_two_files_are_the_same_by_name_without_those_that_have_no_ob
 
 
 @pytest.mark.parametrize(
-    "names",
-    [
-        "names: [cat, dog]\nnc: 2\n",
-        "names: {0: cat, 1: dog}\n",
-        "names: {'0': cat, '1': dog}\n",
-        "names: {cat: 0, dog: 1}\nnc: '2'\n",
-        "\ufeffnames:\n- cat\n- dog\n",
-    ],
-)
-def test_yolo_with_names_as_people_write_them(tmp_path, names):
-    write_yolo(tmp_path, names=names)
-    assert objects_of(read_dataset(str(tmp_path))["all"]) == expected()
-
-
-@pytest.mark.parametrize(
     "variant",
     [
+        {"names": "names: [cat, dog]\nnc: 2\n"},
+        {"names": "names: {0: cat, 1: dog}\n"},
+        {"names": "names: {'0': cat, '1': dog}\n"},
+        {"names": "names: {cat: 0, dog: 1}\nnc: '2'\n"},
+        {"names": "\ufeffnames:\n- cat\n- dog\n"},
         {"labels": "images"},
-        {"images": "Images", "labels": "Labels"},
-        {"images": "train/images", "labels": "train/labels"},
-        {"images": "img", "labels": "img"},
+        {"directory": "Images", "labels": "Labels"},
+        {"directory": "train/images", "labels": "train/labels"},
+        {"directory": "img", "labels": "img"},
         {"separator": ","},
         {"end": " 0.9"},  # a confidence
         {"names": "kpt_shape: [2, 2]\nnames: [cat, dog]\n", "end": " .1 .2 .3 .4"},
+        {"polygons": True},
     ],
 )
-def test_yolo_with_labels_as_people_keep_them(tmp_path, variant):
-    write_yolo(tmp_path, **variant)
-    assert objects_of(read_dataset(str(tmp_path))["all"]) == expected()
-
-
-def test_yolo_polygons_are_masks(tmp_path):
-    write_yolo(tmp_path, polygons=True)
-    assert objects_of(read_dataset(str(tmp_path))["all"]) == expected(masks=True)
+def test_yolo_with_names_and_labels_as_people_write_them(tmp_path, variant):
+    splits = read_dataset(write(tmp_path, yolo(**variant)))
+    assert objects_of(splits["all"]) == expected(masks="polygons" in variant)
 
 
 @pytest.mark.parametrize("name", ["classes.txt", "labels/classes.txt", "obj.names"])
 def test_yolo_with_names_in_a_text_file(tmp_path, name):
-    write_yolo(tmp_path, names=None)
-    write(tmp_path / name, "cat\ndog\n\nbird\n")
-    write(tmp_path / "labels" / "README.txt", "made with a tool\n")
-    assert objects_of(read_dataset(str(tmp_path))["all"]) == expected()
+    others = {name: "cat\ndog\n\nbird\n", "labels/README.txt": "made with a tool\n"}
+    splits = read_dataset(write(tmp_path, yolo(names=None) | others))
+    assert objects_of(splits["all"]) == expected()
 
 
 def test_yolo_as_cvat_exports_it(tmp_path):
-    write_yolo(tmp_path, images="obj_train_data", labels="obj_train_data", names=None)
-    write(tmp_path / "obj.names", "cat\ndog\n")
-    write(tmp_path / "obj.data", "classes = 2\ntrain = data/train.txt\nvalid = data/valid.txt\n")
-    write(tmp_path / "train.txt", "data/obj_train_data/a.jpg\n")
-    write(tmp_path / "valid.txt", "data/obj_train_data/b c.jpg\n")
-    splits = read_dataset(str(tmp_path))
-    assert objects_of(splits["train"]) == expected(stems=["a"])
-    assert objects_of(splits["val"]) == expected(stems=["b c"])
+    files = yolo("obj_train_data", "obj_train_data", names=None) | {
+        "obj.names": "cat\ndog\n",
+        "obj.data": "classes = 2\ntrain = data/train.txt\nvalid = data/valid.txt\n",
+        "train.txt": "data/obj_train_data/a.jpg\n",
+        "valid.txt": "data/obj_train_data/b c.jpg\n",
+    }
+    assert_splits(read_dataset(write(tmp_path, files)), False)
 
 
 @pytest.mark.parametrize(
@@ -241,9 +184,9 @@ def test_yolo_as_cvat_exports_it(tmp_path):
     ],
 )
 def test_yolo_line_that_cannot_be_used_is_named(tmp_path, line, reason):
-    write_yolo(tmp_path)
-    with open(tmp_path / "labels" / "a.txt", "a") as f:
-        f.write(f"{line}\n")
+    files = yolo()
+    files["labels/a.txt"] += f"{line}\n"
+    write(tmp_path, files)
     where = f"{tmp_path / 'labels' / 'a.txt'}, line 3: "
     with pytest.raises(UserError, match=f"{where}.*{reason}.* 1 of 4 objects cannot be used"):
         read_dataset(str(tmp_path))
@@ -267,45 +210,36 @@ def test_yolo_line_that_cannot_be_used_is_named(tmp_path, line, reason):
     ],
 )
 def test_yolo_names_that_cannot_be_used_are_one_sentence(tmp_path, names, message):
-    write_yolo(tmp_path, names=names)
     with pytest.raises(UserError, match=message):
-        read_dataset(str(tmp_path))
+        read_dataset(write(tmp_path, yolo(names=names)))
 
 
 def test_pascal_voc_counts_pixels_from_1(tmp_path):
-    write_images(tmp_path, "JPEGImages")
-    for stem in SIZES:
-        write(tmp_path / "Annotations" / f"{stem}.xml", voc_xml(stem))
-    assert objects_of(read_dataset(str(tmp_path))["all"]) == expected()
+    files = {f"Annotations/{stem}.xml": voc_of(stem) for stem in SIZES}
+    splits = read_dataset(write(tmp_path, images("JPEGImages") | files))
+    assert objects_of(splits["all"]) == expected()
 
 
-def test_pascal_voc_polygons_are_masks_and_difficult_objects_are_crowds(tmp_path):
-    write_images(tmp_path, ".")
-    x, y, w, h = BOXES[0][2]
-    points = enumerate(corners(x, y, w, h))
-    polygon = "".join(
-        f"<{'xy'[i % 2]}{i // 2 + 1}>{v}</{'xy'[i % 2]}{i // 2 + 1}>" for i, v in points
-    )
-    for difficult, crowd in (("0", 0), ("Unspecified", 0), ("1", 1), ("true", 1)):
-        xml = voc_xml("a", [BOXES[0], BOXES[0]], "0")
-        xml = xml.replace("<bndbox>", f"<polygon>{polygon}</polygon><bndbox>")
-        xml = xml.replace("<difficult>0", f"<difficult>{difficult}", 1)
-        write(tmp_path / "a.xml", xml)
-        objects = objects_of(read_dataset(str(tmp_path))["all"])
-        assert sorted(o[4] for o in objects) == [0, crowd]
-        assert all(o[3] == [corners(x, y, w, h)] for o in objects)
+@pytest.mark.parametrize("difficult, crowd", [("0", 0), ("Unspecified", 0), ("1", 1), ("true", 1)])
+def test_pascal_voc_polygons_are_masks_and_difficult_objects_are_crowds(tmp_path, difficult, crowd):
+    name, box = BOXES[0][1:]
+    values = enumerate(corners(*box))
+    points = "".join(f"<{'xy'[i % 2]}{i}>{v}</{'xy'[i % 2]}{i}>" for i, v in values)
+    xml = voc((name, box), (name, box), outline=f"<polygon>{points}</polygon>")
+    xml = xml.replace("<difficult>0", f"<difficult>{difficult}", 1)
+    objects = objects_of(read_dataset(write(tmp_path, images(".") | {"a.xml": xml}))["all"])
+    assert sorted(o[4] for o in objects) == [0, crowd]
+    assert all(o[3] == [corners(*box)] for o in objects)
 
 
 def test_labelme_s_older_xml_has_polygons(tmp_path):
-    write_images(tmp_path, ".")
-    x, y, w, h = BOXES[0][2]
-    points = zip(corners(x, y, w, h)[::2], corners(x, y, w, h)[1::2])
-    text = "".join(f"<pt><x>{px}</x><y>{py}</y></pt>" for px, py in points)
+    name, box = BOXES[0][1:]
+    points = zip(corners(*box)[::2], corners(*box)[1::2])
+    text = "".join(f"<pt><x>{x}</x><y>{y}</y></pt>" for x, y in points)
     polygon = f"<polygon><username>me</username>{text}</polygon>"
-    xml = f"<annotation><object><name>cat</name>{polygon}</object></annotation>"
-    write(tmp_path / "a.xml", xml)
-    (only,) = objects_of(read_dataset(str(tmp_path))["all"])
-    assert only == ("a", "cat", [x, y, w, h], [corners(x, y, w, h)], 0)
+    xml = f"<annotation><object><name>{name}</name>{polygon}</object></annotation>"
+    splits = read_dataset(write(tmp_path, images(".") | {"a.xml": xml}))
+    assert objects_of(splits["all"]) == expected(True)[:1]
 
 
 @pytest.mark.parametrize(
@@ -322,24 +256,20 @@ def test_labelme_s_older_xml_has_polygons(tmp_path):
     ],
 )
 def test_known_format_that_cannot_be_read_is_named(tmp_path, file, content, message):
-    write_images(tmp_path)
-    write(tmp_path / file, content)
     with pytest.raises(UserError, match=message):
-        read_dataset(str(tmp_path))
+        read_dataset(write(tmp_path, images() | {file: content}))
 
 
 def test_two_formats_in_one_directory_are_an_error_that_names_both(tmp_path):
-    write_images(tmp_path)
-    write(tmp_path / "a.json", coco())
-    write(tmp_path / "images" / "a.xml", voc_xml("a"))
+    files = images() | {"a.json": coco(), "images/a.xml": voc_of("a")}
     with pytest.raises(UserError, match=r"holds COCO \(a.json\) and Pascal VOC \(images/a.xml\)"):
-        read_dataset(str(tmp_path))
+        read_dataset(write(tmp_path, files))
 
 
 def test_nothing_to_read_says_what_is_there(tmp_path):
     with pytest.raises(UserError, match="holds no files, and none of COCO"):
         read_dataset(str(tmp_path))
-    write_images(tmp_path)
+    write(tmp_path, images())
     with pytest.raises(UserError, match=r"holds 2 files \(.jpg\), and none of COCO"):
         read_dataset(str(tmp_path))
     with pytest.raises(UserError, match="there is no such directory"):

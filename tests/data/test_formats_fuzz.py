@@ -4,44 +4,41 @@ For long: pytest tests/data/test_formats_fuzz.py --hypothesis-profile fuzz --hyp
 """
 
 import copy
-import io
 import json
 import logging
 
 import numpy as np
 import pytest
-from fuzz import Choice, decisions, mutate_bytes, outcome
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image
-from test_check_fuzz import JSON_TOKENS, mutate_json
-from test_masks import NUMBERS, PARTS
-from test_settle import (
-    GOOD,
-    TURNED,
-    VIA,
+from builders import (
+    BOX,
     H,
     W,
     coco_file,
     cvat,
     element,
     labelme,
-    png64,
+    mask_shape,
+    png,
     shape,
     via,
+    voc,
     write,
-)
+)  # fmt: skip
+from fuzz import Choice, decisions, mutate_bytes, outcome
+from hypothesis import given
+from hypothesis import strategies as st
+from test_check_fuzz import JSON_TOKENS, mutate_json
+from test_masks import NUMBERS, PARTS
+from test_regions import GOOD, TURNED, VIA
 
 from gnws_d2.data.formats import read_dataset
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-BOX = shape("rectangle", (4, 6), (14, 18))
-MASK = shape("mask", (4, 6), (13, 17), mask=png64(PARTS[0][6:18, 4:14]), group_id=1)
+RECTANGLE = shape("rectangle", (4, 6), (14, 18))
+MASK = mask_shape(4, 6, PARTS[0][6:18, 4:14], group_id=1)
 RLE = {"size": [H, W], "counts": [10, 20, W * H - 30]}
-VOC = (
-    "<annotation><filename>a.png</filename><size><width>40</width><height>30</height></size>"
-    "<object><name>cat</name><difficult>0</difficult><bndbox><xmin>5</xmin><ymin>7</ymin>"
-    "<xmax>14</xmax><ymax>18</ymax></bndbox></object></annotation>"
+VOC = voc(("cat", BOX), filename="a.png").replace(
+    "<object>", "<size><width>40</width><height>30</height></size><object>"
 )
 ITEMS = [
     element("box", **TURNED), element("polygon", points="20,2;30,2;30,12"),
@@ -50,16 +47,10 @@ ITEMS = [
 ]  # fmt: skip
 
 
-def png(mask):
-    data = io.BytesIO()
-    Image.fromarray(mask).save(data, "png")
-    return data.getvalue()
-
-
 # The label file of each format, and what lies beside it.
 FORMATS = {
     "COCO": ("l.json", coco_file({}, {"segmentation": RLE, "iscrowd": 1}), {}),
-    "labelme": ("a.json", labelme(GOOD, BOX, MASK, shape("circle", (12, 12), (12, 20))), {}),
+    "labelme": ("a.json", labelme(GOOD, RECTANGLE, MASK, shape("circle", (12, 12), (12, 20))), {}),
     "VIA": ("l.json", via(VIA, True), {}),
     "CVAT": ("l.xml", cvat(*ITEMS).encode(), {}),
     "VOC": ("a.xml", VOC.encode(), {}),

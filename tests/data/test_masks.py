@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from builders import H, W, box_of, classes_of, decode, read, rectangle, write
 from PIL import Image, ImageFilter
-from test_settle import H, W, decode, names_of, rectangle, write
 
-from gnws_d2.data.formats import Notes, read_dataset
+from gnws_d2.data.formats import read_dataset
 from gnws_d2.utils.errors import UserError
 
 ONE, TWO = rectangle(4, 6, 10, 12), rectangle(20, 2, 8, 20)
@@ -26,21 +26,14 @@ def void(values):
     return rim.astype(np.uint8)
 
 
-def read(root, files):
-    return read_dataset(write(root, files))["all"]
-
-
 def assert_masks(coco, wanted, names=None):
     """Compare picture, class and mask with {picture: masks}, in any order of the masks."""
     found = {image["id"]: image["file_name"] for image in coco["images"]}
     actual = {name: set() for name in found.values()}
-    for a in coco["annotations"]:
+    for a, name in zip(coco["annotations"], classes_of(coco)):
         mask = decode(a)
-        name = names_of(coco)[a["category_id"]]
         actual[found[a["image_id"]]].add((name, mask.tobytes()))
-        y, x = np.nonzero(mask)
-        assert a["bbox"] == [x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1]
-        assert a["area"] == mask.sum() and a["iscrowd"] == 0
+        assert a["bbox"] == box_of(mask) and a["area"] == mask.sum() and a["iscrowd"] == 0
     names = names or ["object"] * 9
     assert actual == {
         picture: {(name, mask.tobytes()) for name, mask in zip(names, masks)}
@@ -65,14 +58,12 @@ def assert_masks(coco, wanted, names=None):
         (NUMBERS.astype(np.int32) * 70000, "a.tif"),
         (NUMBERS, "a.tiff"),
         (NUMBERS, "a.bmp"),
-        (np.stack([BOTH, BOTH], 2), "a.png"),
+        (np.stack([BOTH, np.full_like(BOTH, 255)], 2), "a.png"),
         (np.stack([NUMBERS, np.full_like(BOTH, 255)], 2), "a.png"),
     ],
 )  # fmt: skip
 def test_reading_of_values(tmp_path, mask, name):
-    if isinstance(mask, np.ndarray) and mask.shape[2:] == (2,):
-        mask[:, :, 1] = 255
-    coco = read(tmp_path, {"images/a.jpg": (W, H), f"masks/{name}": mask})
+    coco, _ = read(tmp_path, {"images/a.jpg": (W, H), f"masks/{name}": mask})
     assert coco["categories"] == [{"id": 1, "name": "object"}]
     assert_masks(coco, {"images/a.jpg": [ONE, TWO]})
 
@@ -86,6 +77,9 @@ PARTS = [(255 * m).astype(np.uint8) for m in (ONE, TWO)]
         ("images/a.jpg", {"masks/a/0.png": PARTS[0], "masks/a/1.png": PARTS[1]}),
         ("images/a.jpg", {"masks/a_0.png": PARTS[0], "masks/a_1.png": PARTS[1]}),
         ("a/images/a.jpg", {"a/masks/x.png": PARTS[0], "a/masks/y.png": PARTS[1]}),
+        # As pycococreator has them, in a directory that also JSON files may be in.
+        ("train/a.png", {"masks/a_cat_0.png": PARTS[0], "masks/a_dog_1.png": PARTS[1]}),
+        ("train/a.png", {"annotations/a_cat_0.png": PARTS[0], "annotations/a_dog_1.png": PARTS[1]}),
         ("images/a.jpg", {"masks/a_mask.png": NUMBERS}),
         ("a.jpg", {"a_mask.png": NUMBERS}),
         ("a.jpg", {"a-seg.png": NUMBERS}),
@@ -97,21 +91,26 @@ PARTS = [(255 * m).astype(np.uint8) for m in (ONE, TWO)]
     ],
 )
 def test_layout(tmp_path, picture, masks):
-    assert_masks(read(tmp_path, {picture: (W, H)} | masks)["images"] and
-                 read_dataset(str(tmp_path)).popitem()[1], {picture: [ONE, TWO]})  # fmt: skip
+    splits = read_dataset(write(tmp_path, {picture: (W, H)} | masks))
+    assert_masks(splits.popitem()[1], {picture: [ONE, TWO]})
 
 
-def test_masks_of_one_picture_are_not_those_of_another_whose_name_begins_with_its_name(tmp_path):
-    files = {f"images/{n}.jpg": (W, H) for n in ("a", "a_b")}
-    files |= {"masks/a_0.png": PARTS[0], "masks/a_1.png": PARTS[1], "masks/a_b_0.png": PARTS[1]}
-    coco = read(tmp_path, files | {"masks/a_b_1.png": PARTS[0]})
-    assert_masks(coco, {"images/a.jpg": [ONE, TWO], "images/a_b.jpg": [ONE, TWO]})
+BY_NAME = {"masks/a_0.png": PARTS[0], "masks/a_1.png": PARTS[1]}
 
 
-def test_picture_without_a_mask_in_another_directory_is_a_negative(tmp_path):
-    files = {"images/a.jpg": (W, H), "images/b.jpg": (W, H), "masks/a.png": NUMBERS}
-    files["masks/b.png"] = 0 * NUMBERS
-    assert_masks(read(tmp_path, files), {"images/a.jpg": [ONE, TWO], "images/b.jpg": []})
+@pytest.mark.parametrize(
+    "masks, other",
+    [
+        (BY_NAME | {"masks/a_b_0.png": PARTS[1], "masks/a_b_1.png": PARTS[0]}, [ONE, TWO]),
+        ({"masks/a.png": NUMBERS, "masks/a_b.png": 0 * NUMBERS}, []),
+        ({"masks/a.png": NUMBERS, "masks/a_b.png": BOTH // 255}, [ONE | TWO]),
+    ],
+)
+def test_masks_of_two_pictures_are_told_apart_and_have_one_reading(tmp_path, caplog, masks, other):
+    coco, _ = read(tmp_path, {f"images/{n}.jpg": (W, H) for n in ("a", "a_b")} | masks)
+    assert_masks(coco, {"images/a.jpg": [ONE, TWO], "images/a_b.jpg": other})
+    warned = "some values of the masks have separate parts" in caplog.text
+    assert warned == (len(other) == 1)  # one value in two parts may be a class
 
 
 def test_mask_without_a_picture_is_told(tmp_path):
@@ -126,14 +125,19 @@ def test_blurred_masks_are_read_where_they_are_two_valued(tmp_path, kind):
     mask = Image.fromarray(BOTH)
     if kind == "antialiased":
         mask = mask.filter(ImageFilter.GaussianBlur(0.5))
-    coco = read(tmp_path, {"images/a.png": (W, H), name: mask})
+    coco, _ = read(tmp_path, {"images/a.png": (W, H), name: mask})
     for a, wanted in zip(coco["annotations"], (TWO, ONE), strict=True):
         assert (decode(a) != wanted).sum() <= 0.05 * wanted.sum()
 
 
-@pytest.mark.parametrize("values", [[0, 60, 140, 250], [0, 1, 2, 3]])
-def test_blurred_masks_of_several_values_are_refused(tmp_path, values):
-    mask = Image.fromarray(np.array(values, np.uint8)[NUMBERS + (NUMBERS > 1)])
+NOISE = np.random.default_rng(0).integers(0, 255, (H, W, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [*(np.array(v, np.uint8)[NUMBERS * 3 // 2] for v in ([0, 60, 140, 250], [0, 1, 2, 3])), NOISE],
+)
+def test_blurred_masks_of_several_values_and_photographs_are_refused(tmp_path, mask):
     with pytest.raises(UserError, match=r"masks/a\.jpg has values that compression"):
         read(tmp_path, {"images/a.png": (W, H), "masks/a.jpg": mask})
 
@@ -150,36 +154,16 @@ def test_pascal_voc(tmp_path, own, by_object):
         files["SegmentationObject/a.png"] = palette(void(NUMBERS), COLORS + [(224, 224, 192)] * 253)
     if own:
         files["labelmap.txt"] = "# label:color_rgb:parts:actions\nbackground:0,0,0::\n" + own
-    assert_masks(read(tmp_path, files), {"JPEGImages/a.jpg": [ONE, TWO]}, names)
-
-
-def test_all_masks_of_a_dataset_have_one_reading_with_a_warning_if_values_look_like_classes(
-    tmp_path, caplog
-):
-    files = {f"images/{n}.jpg": (W, H) for n in "ab"}
-    files |= {"masks/a.png": NUMBERS, "masks/b.png": BOTH // 255}
-    coco = read(tmp_path, files)
-    assert_masks(coco, {"images/a.jpg": [ONE, TWO], "images/b.jpg": [ONE | TWO]})
-    assert "some values of the masks have separate parts" in caplog.text
+    assert_masks(read(tmp_path, files)[0], {"JPEGImages/a.jpg": [ONE, TWO]}, names)
 
 
 def test_damaged_mask_is_told(tmp_path):
     with pytest.raises(UserError, match=r"mask .*masks/a\.png cannot be read"):
-        read_dataset(write(tmp_path, {"images/a.jpg": (W, H), "masks/a.png": b"\x89PNG\r\n\x1a\n"}))
-    notes = Notes()
+        read(tmp_path, {"images/a.jpg": (W, H), "masks/a.png": b"\x89PNG\r\n\x1a\n"})
     files = {"masks/a.png": NUMBERS, "images/b.jpg": b"", "masks/b.png": NUMBERS}
-    coco = read_dataset(write(tmp_path, files), notes, skip_bad_images=True)["all"]
+    coco, notes = read(tmp_path, files, skip_bad_images=True)
     assert_masks(coco, {"images/a.jpg": [ONE, TWO]})
     assert "b.jpg" in notes.lines()[0]
-
-
-@pytest.mark.parametrize("directory", ["masks", "annotations"])
-def test_mask_of_each_object_has_the_name_of_its_picture_in_front(tmp_path, directory):
-    """As pycococreator has them, in a directory that also JSON files may be in."""
-    masks = {f"{directory}/a_cat_0.png": (255 * ONE).astype(np.uint8)}
-    masks[f"{directory}/a_dog_1.png"] = (255 * TWO).astype(np.uint8)
-    coco = read(tmp_path, {"train/a.png": (W, H), **masks})
-    assert_masks(coco, {"train/a.png": [ONE, TWO]})
 
 
 def test_labelme_s_export_as_pascal_voc(tmp_path):
@@ -192,10 +176,4 @@ def test_labelme_s_export_as_pascal_voc(tmp_path):
         "SegmentationObjectVisualization/a.jpg": BOTH,
         "class_names.txt": names,
     }
-    assert_masks(read(tmp_path, files), {"JPEGImages/a.jpg": [ONE, TWO]}, ["cat", "dog"])
-
-
-def test_photograph_in_place_of_a_mask_is_refused(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 255, (H, W, 3), np.uint8)
-    with pytest.raises(UserError, match=r"masks/a.jpg has values that compression"):
-        read(tmp_path, {"images/a.png": (W, H), "masks/a.jpg": Image.fromarray(noise)})
+    assert_masks(read(tmp_path, files)[0], {"JPEGImages/a.jpg": [ONE, TWO]}, ["cat", "dog"])

@@ -10,10 +10,10 @@ import sys
 
 import cv2
 import numpy as np
-import pycocotools.mask as mask_util
 import pytest
 import torch
 import yaml
+from builders import classes_of, coco, decode, files_of, names_of, shape, voc, write
 from conftest import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
@@ -31,16 +31,15 @@ SMALL = ["--model", "quick_start", "--epochs", "1", "--batch-size", "1"]
 KEYS = ["SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "1", "SOLVER.ACCUMULATE_STEPS", "1"]
 
 
-def gnws(command, *args, cwd):
+def finetune(*args, cwd):
+    """Return what the command prints."""
     code = "from gnws_tools.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, command, *map(str, args)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "finetune", *map(str, args)], cwd=cwd, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
 
 
 @pytest.fixture
@@ -64,68 +63,49 @@ def small(photographs, tmp_path):
     return root, coco
 
 
+def by_picture(coco):
+    """The image, the stem of its file, and (class, annotation) of its objects."""
+    for image in coco["images"]:
+        own = [(n, a) for n, a in zip(classes_of(coco), coco["annotations"])
+               if a["image_id"] == image["id"]]  # fmt: skip
+        yield image, image["file_name"].partition(".")[0], own
+
+
 def as_coco(root, coco):
-    (root / "annotations").mkdir()
-    (root / "annotations" / "instances_default.json").write_text(json.dumps(coco))
+    write(root, {"annotations/instances_default.json": coco})
 
 
 def as_yolo(root, coco):
-    (root / "labels").mkdir()
-    ids = [c["id"] for c in coco["categories"]]
-    names = [c["name"] for c in coco["categories"]]
-    (root / "data.yaml").write_text(yaml.safe_dump({"names": names}))
-    for image in coco["images"]:
-        size = [image["width"], image["height"]]
-        lines = []
-        for a in coco["annotations"]:
-            if a["image_id"] == image["id"]:
-                polygon = np.reshape(a["segmentation"][0], (-1, 2)) / size
-                lines.append(" ".join(map(str, [ids.index(a["category_id"]), *polygon.ravel()])))
-        stem = os.path.splitext(image["file_name"])[0]
-        (root / "labels" / f"{stem}.txt").write_text("\n".join(lines))
+    names = list(names_of(coco).values())
+    write(root, {"data.yaml": yaml.safe_dump({"names": names})})
+    for image, stem, objects in by_picture(coco):
+        size = image["width"], image["height"]
+        lines = [
+            [names.index(name), *(np.reshape(a["segmentation"][0], (-1, 2)) / size).ravel()]
+            for name, a in objects
+        ]
+        write(root, {f"labels/{stem}.txt": "\n".join(" ".join(map(str, line)) for line in lines)})
 
 
 def as_voc(root, coco):
-    names = {c["id"]: c["name"] for c in coco["categories"]}
-    for image in coco["images"]:
-        text = ""
-        for a in coco["annotations"]:
-            if a["image_id"] == image["id"]:
-                x, y, w, h = map(round, a["bbox"])
-                corners = {"xmin": x + 1, "ymin": y + 1, "xmax": x + w, "ymax": y + h}
-                box = "".join(f"<{key}>{value}</{key}>" for key, value in corners.items())
-                name = names[a["category_id"]]
-                text += f"<object><name>{name}</name><bndbox>{box}</bndbox></object>"
-        stem = os.path.splitext(image["file_name"])[0]
-        (root / "images" / f"{stem}.xml").write_text(f"<annotation>{text}</annotation>")
+    for _, stem, objects in by_picture(coco):
+        own = [(name, [*map(round, a["bbox"])]) for name, a in objects]
+        write(root, {f"images/{stem}.xml": voc(*own)})
 
 
 def as_labelme(root, coco):
-    names = {c["id"]: c["name"] for c in coco["categories"]}
-    for image in coco["images"]:
-        shapes = [
-            {
-                "label": names[a["category_id"]],
-                "shape_type": "polygon",
-                "points": np.reshape(a["segmentation"][0], (-1, 2)).tolist(),
-            }
-            for a in coco["annotations"]
-            if a["image_id"] == image["id"]
-        ]
-        stem = os.path.splitext(image["file_name"])[0]
+    for image, stem, objects in by_picture(coco):
+        points = [(name, np.reshape(a["segmentation"][0], (-1, 2))) for name, a in objects]
+        shapes = [shape("polygon", *own.tolist(), label=name) for name, own in points]
         content = {"shapes": shapes, "imagePath": image["file_name"]}
-        (root / "images" / f"{stem}.json").write_text(json.dumps(content))
+        write(root, {f"images/{stem}.json": content})
 
 
 def as_masks(root, coco):
-    for image in coco["images"]:
-        stem = os.path.splitext(image["file_name"])[0]
-        (root / "masks" / stem).mkdir(parents=True)
-        for a in coco["annotations"]:
-            if a["image_id"] == image["id"]:
-                rles = mask_util.frPyObjects(a["segmentation"], image["height"], image["width"])
-                mask = mask_util.decode(mask_util.merge(rles)) * 255
-                Image.fromarray(mask).save(root / "masks" / stem / f"{a['id']}.png")
+    for image, stem, objects in by_picture(coco):
+        for _, a in objects:
+            mask = decode(a, image["height"], image["width"]) * np.uint8(255)
+            write(root, {f"masks/{stem}/{a['id']}.png": mask})
 
 
 @pytest.fixture
@@ -169,10 +149,9 @@ def test_choices_are_shown_recorded_overridden_and_kept_by_resume(small, tmp_pat
     as_coco(root, coco)
     keys = ["SOLVER.BASE_LR", "0.001", "SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "1"]
     args = ["--output", "out", *SMALL, *keys, "SOLVER.ACCUMULATE_STEPS", "1"]
-    done = gnws("finetune", "--data", root, *args, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert re.search(r"MODEL.ROI_HEADS.NUM_CLASSES +3 +classes with objects", done.stdout)
-    assert "split by image, seed 0" in done.stdout
+    shown = finetune("--data", root, *args, cwd=tmp_path)
+    assert re.search(r"MODEL.ROI_HEADS.NUM_CLASSES +3 +classes with objects", shown)
+    assert "split by image, seed 0" in shown
     out = tmp_path / "out"
     choices = {c["key"]: c for c in json.loads((out / "finetune.choices.json").read_text())}
     assert choices["TEST.EVAL_PERIOD"]["reason"] == "each epoch"
@@ -182,10 +161,9 @@ def test_choices_are_shown_recorded_overridden_and_kept_by_resume(small, tmp_pat
     metrics = (out / "metrics.json").read_text()
     assert "validation/total_loss" in metrics and "segm/AP" in metrics
     for command in ("gnws demo --model out", "gnws finetune --resume --output out", "gnws export"):
-        assert command in done.stdout
-    done = gnws("finetune", "--resume", "--output", "out", "SOLVER.MAX_ITER", "3", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "Starting training from iteration 2" in done.stdout
+        assert command in shown
+    shown = finetune("--resume", "--output", "out", "SOLVER.MAX_ITER", "3", cwd=tmp_path)
+    assert "Starting training from iteration 2" in shown
     assert torch.load(out / "model_final.pth")["iteration"] == 2
 
 
@@ -208,12 +186,11 @@ def test_python_trains_and_gets_the_best_checkpoint(small, tmp_path, monkeypatch
 def test_directories_of_one_name_or_of_a_built_in_dataset_do_not_collide(small, tmp_path):
     """In one process, as in a notebook."""
     root, coco = small
-    as_coco(root, coco)
     for number, output in enumerate(("a/out", "b/out", "shapes")):
         path, names = tmp_path / output, [f"fruit {number} {i}" for i in range(3)]
         for category, name in zip(coco["categories"], names):
             category["name"] = name
-        (root / "annotations" / "instances_default.json").write_text(json.dumps(coco))
+        as_coco(root, coco)
         prepare(
             str(path / "finetune.yaml"), data=str(root), train=None, val=None, model="quick_start",
             epochs=1, batch_size=1, num_gpus=1, patience=0, opts=[],
@@ -256,65 +233,23 @@ def test_dry_run_shows_the_data_and_trains_nothing(small, tmp_path, capsys):
     assert not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS  # pictures without objects are trained on
 
 
-def picture(path, size=(64, 48), mode="L"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size).save(path)
+SIZE = (64, 48)
 
 
-def coco_file(path, images=("a.png", "b.png"), annotated=True, **values):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    coco = {
-        "images": [
-            {"id": i, "file_name": f, "width": 64, "height": 48} for i, f in enumerate(images)
-        ],
-        "categories": [{"id": 1, "name": "x"}],
-        "annotations": [
-            {"id": i, "image_id": i, "category_id": 1, "bbox": [1, 1, 9, 9], **values}
-            for i in range(len(images) * annotated)
-        ],
-    }
-    path.write_text(json.dumps(coco))
+def two(label, directory=".", picture=SIZE):
+    """Two pictures, with a COCO file."""
+    files = {"a.png": picture, "b.png": picture, "labels.json": label}
+    return {f"{directory}/{name}": content for name, content in files.items()}
 
 
-def one_image(root):
-    picture(root / "images" / "a.png")
-    coco_file(root / "labels.json", ["a.png"])
+def coco_of_two(box=(1, 1, 9, 9), annotated=True):
+    sizes = {"a.png": SIZE, "b.png": SIZE}
+    return coco(sizes, [(name, "x", [*box]) for name in sizes if annotated], ["x"], masks=False)
 
 
-def no_objects(root):
-    for name in ("a", "b"):
-        picture(root / f"{name}.png")
-    coco_file(root / "labels.json", annotated=False)
-
-
-def no_objects_in_val(root):
-    for split in ("train", "valid"):
-        for name in ("a", "b"):
-            picture(root / split / f"{name}.png")
-        coco_file(root / split / "labels.json", annotated=split == "train")
-
-
-def another_size(root):
-    for name in ("a", "b"):
-        picture(root / f"{name}.png", (32, 32))
-    coco_file(root / "labels.json")
-
-
-def sixteen_bits(root):
-    for name in ("a", "b"):
-        picture(root / f"{name}.png", mode="I;16")
-    coco_file(root / "labels.json")
-
-
-def corners(root):
-    for name in ("a", "b"):
-        picture(root / f"{name}.png")
-    coco_file(root / "labels.json", bbox=[30, 30, 60, 44])
-
-
-def broken_json(root):
-    (root / "labels.json").write_text("{")
-
+NO_OBJECTS = coco_of_two(annotated=False)
+DEEP = Image.new("I;16", SIZE)
+GOOD = two(coco_of_two())
 
 MISTAKES = [
     ([], "Give either --data DIR or --train"),
@@ -326,17 +261,20 @@ MISTAKES = [
     (["--data", ".", "--patience", "-1"], "--patience is at least 0"),
     (["--resume"], "has no run to --resume"),
     (["--data", "."], "holds no files, and none of COCO"),
-    (broken_json, "holds 1 files .*and none of COCO"),
-    (one_image, "has one image, which cannot be split"),
-    (no_objects, "has nothing in 'categories'|no image of the split"),
-    (no_objects_in_val, "no image of the split val has an object"),
-    (another_size, "id 0: its label has another size than its picture: 64x48, and .*32x32"),
-    (sixteen_bits, "has 16 bits per channel"),
-    (corners, "boxes seem to be x1, y1, x2, y2"),
+    ({"labels.json": "{"}, "holds 1 files .*and none of COCO"),
+    ({"images/a.png": SIZE, "labels.json": coco({"a.png": SIZE}, [("a.png", "cat", [1, 1, 9, 9])])},
+     "has one image, which cannot be split"),
+    (two(NO_OBJECTS), "has nothing in 'categories'|no image of the split"),
+    (two(coco_of_two(), "train") | two(NO_OBJECTS, "valid"),
+     "no image of the split val has an object"),
+    (two(coco_of_two(), picture=(32, 32)),
+     "id 1: its label has another size than its picture: 64x48, and .*32x32"),
+    (two(coco_of_two(), picture=DEEP), "has 16 bits per channel"),
+    (two(coco_of_two([30, 30, 60, 44])), "boxes seem to be x1, y1, x2, y2"),
     (["--data", ".", "--output", "/proc/x"], "OUTPUT_DIR|cannot be written|cannot write"),
     (["--data", ".", "--model", "no_model"], "--config-file no_model"),
     (["--data", ".", "SOLVER.LR", "1"], "there is no key SOLVER.LR"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("what, message", MISTAKES)
@@ -344,15 +282,11 @@ def test_mistake_is_one_sentence(tmp_path, monkeypatch, capsys, what, message):
     root = tmp_path / "data with blänks"
     root.mkdir()
     monkeypatch.chdir(root)
-    if callable(what):
-        what(root)
-        args = ["--data", "."]
-    else:
-        args = what
-        if "--data" in args and ("--model" in args or "SOLVER.LR" in args or "/proc/x" in args):
-            for name in ("a", "b"):
-                picture(root / f"{name}.png")
-            coco_file(root / "labels.json")
+    args = ["--data", "."] if isinstance(what, dict) else what
+    if isinstance(what, dict):
+        write(root, what)
+    elif {"--model", "SOLVER.LR", "/proc/x"} & {*args}:
+        write(root, GOOD)
     if "--output" not in args:
         args = ["--output", str(tmp_path / "out"), *args]
     if "--model" not in args and "--resume" not in args:
@@ -367,9 +301,7 @@ def test_mistake_is_one_sentence(tmp_path, monkeypatch, capsys, what, message):
 
 def test_umlauts_and_blanks_in_names_are_no_mistake(tmp_path):
     root = tmp_path / "Früchte und Nüsse"
-    for name in ("Äpfel 1", "Äpfel 2"):
-        picture(root / "images" / f"{name}.png")
-        picture(root / "masks" / f"{name}.png")
-    coco = read_dataset(str(root))["all"]
-    assert [i["file_name"] for i in coco["images"]] == ["images/Äpfel 1.png", "images/Äpfel 2.png"]
+    names = [f"{d}/Äpfel {i}.png" for d in ("images", "masks") for i in (1, 2)]
+    splits = read_dataset(write(root, {name: Image.new("L", SIZE) for name in names}))
+    assert files_of(splits) == {"all": names[:2]}
     shutil.rmtree(root)

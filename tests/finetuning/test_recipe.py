@@ -21,17 +21,12 @@ def make_coco(num_images, size, box, num_objects=1, masks=True):
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def derive(coco, model=ZOO, epochs=20, images_at_once=2, num_processes=1):
-    return {
-        choice.key: choice.value
-        for choice in derive_recipe(
-            model_zoo.get_config(model),
-            coco,
-            epochs=epochs,
-            images_at_once=images_at_once,
-            num_processes=num_processes,
-        )
-    }
+def choose(coco, model=ZOO, epochs=20, images_at_once=2, num_processes=1):
+    return derive_recipe(model_zoo.get_config(model), coco, epochs, images_at_once, num_processes)
+
+
+def derive(*args, **options):
+    return {choice.key: choice.value for choice in choose(*args, **options)}
 
 
 def test_large_data_gets_the_recipe_by_accumulation():
@@ -72,18 +67,20 @@ def test_evaluations_are_each_epoch_or_thirty_in_all(epochs, each):
     assert keys["TEST.EVAL_PERIOD"] == keys["SOLVER.CHECKPOINT_PERIOD"] == each * epoch
 
 
-def test_small_pictures_are_enlarged_only_for_small_objects():
-    assert derive(make_coco(9, (400, 300), (90, 90)))["INPUT.MIN_SIZE_TEST"] == 300
-    assert derive(make_coco(9, (400, 300), (20, 20)))["INPUT.MIN_SIZE_TEST"] == 330  # to 22
-    assert derive(make_coco(9, (400, 300), (4, 4)))["INPUT.MIN_SIZE_TEST"] == 600  # twice
-    assert derive(make_coco(9, (900, 700), (4, 4)))["INPUT.MIN_SIZE_TEST"] == 800
-
-
-def test_model_of_small_images_gets_larger_ones_only_for_small_objects():
-    """The quick start's has 128 pixels."""
-    assert derive(make_coco(9, (800, 600), (300, 300)), "quick_start")["INPUT.MIN_SIZE_TEST"] == 128
-    assert derive(make_coco(9, (800, 600), (80, 80)), "quick_start")["INPUT.MIN_SIZE_TEST"] == 165
-    assert derive(make_coco(9, (90, 80), (40, 40)), "quick_start")["INPUT.MIN_SIZE_TEST"] == 80
+@pytest.mark.parametrize(
+    "model, size, box, edge",
+    [
+        (ZOO, (400, 300), 90, 300),
+        (ZOO, (400, 300), 20, 330),  # to 22
+        (ZOO, (400, 300), 4, 600),  # twice
+        (ZOO, (900, 700), 4, 800),
+        ("quick_start", (800, 600), 300, 128),  # its own
+        ("quick_start", (800, 600), 80, 165),
+        ("quick_start", (90, 80), 40, 80),
+    ],
+)
+def test_small_pictures_are_enlarged_only_for_small_objects(model, size, box, edge):
+    assert derive(make_coco(9, size, (box, box)), model)["INPUT.MIN_SIZE_TEST"] == edge
 
 
 def test_coverage_of_anchors_is_that_of_the_formula():
@@ -99,9 +96,7 @@ def test_coverage_of_anchors_is_that_of_the_formula():
 def test_anchors_come_from_the_boxes_where_those_of_the_config_do_not_cover_them():
     coco = make_coco(50, (800, 800), (30, 300))
     before = model_zoo.get_config(ZOO).MODEL.ANCHOR_GENERATOR
-    choices = derive_recipe(
-        model_zoo.get_config(ZOO), coco, epochs=1, images_at_once=2, num_processes=1
-    )
+    choices = choose(coco, epochs=1)
     (choice,) = [c for c in choices if c.key == "MODEL.ANCHOR_GENERATOR.SIZES"]
     assert choice.reason == "k-means: they cover 100% of the boxes, the anchors of the config 0%"
     keys = {c.key: c.value for c in choices}

@@ -96,16 +96,15 @@ def read_coco_files(
     """
     labels: list[Label] = []
     classes: dict[str, int] = {}
+    notes = notes or Notes()
     for split, (file, root) in files.items():
         tree = Tree(root)
         tree.classes = classes
         own = list(coco.parse(tree, os.path.abspath(file)))
-        for label in _pair(
-            tree, own, coco, notes or Notes(), options.get("skip_bad_images", False)
-        ):
+        for label in _pair(tree, own, coco, notes, options.get("skip_bad_images", False)):
             label.split = split
             labels.append(label)
-    return settle(labels, classes, notes or Notes(), **options)
+    return settle(labels, classes, notes, **options)
 
 
 def _find_format(tree: Tree, data: str) -> tuple[str, list[str]]:

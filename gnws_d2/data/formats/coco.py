@@ -6,7 +6,8 @@ from typing import Any
 
 from ...utils.errors import UserError
 from ..check import read_coco_json
-from .label import Label, Object, to_number
+from ..rules import is_name, to_number
+from .label import Label, Object
 from .tree import Tree
 
 _OF_OBJECTS = ("bbox", "segmentation")
@@ -75,7 +76,7 @@ def _read_classes(tree: Tree, file: str, coco: dict[str, Any]) -> dict[Any, str]
     names: dict[Any, str] = {}
     for category in coco["categories"]:
         number, name = _id(category.get("id")), category.get("name")
-        if number is None or number in names or not str(name or "").isprintable() or not name:
+        if number is None or number in names or not name or not is_name(str(name)):
             raise UserError(
                 f"{tree.path(file)}: the category {category!r} has no id, the id of another one, "
                 "or no name."

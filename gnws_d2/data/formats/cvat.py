@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ...utils.errors import UserError
-from .label import Label, Object, box_of, ellipse, paste, to_number, to_numbers
+from ..rules import to_number, to_numbers
+from .label import Label, Object, box_of, check_name, ellipse, paste
 from .tree import Tree
 
 _REGIONS = ("box", "polygon", "mask", "ellipse")
@@ -21,29 +22,18 @@ def find(tree: Tree) -> list[str]:
 
 def parse(tree: Tree, file: str) -> Iterator[Label]:
     """Read the labels of a file."""
-    try:
-        root = ElementTree.parse(tree.path(file)).getroot()
-    except (ElementTree.ParseError, ValueError, LookupError) as e:
-        raise UserError(f"{tree.path(file)} is not valid XML: {e}.") from e
+    root = tree.xml(file)
     if root.find("track") is not None:
         raise UserError(f"{tree.path(file)} is CVAT for video: export it as CVAT for images 1.1.")
     for index, image in enumerate(root.iter("image"), 1):
-        name, size = image.get("name", ""), (image.get("width"), image.get("height"))
-        if not name:
-            raise UserError(f"{tree.path(file)}: picture {index} has no name.")
+        name = check_name(image.get("name"), f"{tree.path(file)}: picture {index}")
+        size = (image.get("width"), image.get("height"))
         # Of a project: each subset has a directory.
         named = "/".join(filter(None, (image.get("subset"), name)))
         label = Label(file, named, (), size)
         for number, item in enumerate((i for i in image if i.tag in _REGIONS + _OTHERS), 1):
             where = f"{tree.path(file)}, {name}, {item.tag} {number}"
-            object = Object(where, item.get("label", ""))
-            try:
-                _read_shape(object, item, size)
-            except ValueError as e:
-                object.fault = f"it cannot be used: {e}"
-            if not object.name:
-                object.fault = "it has no label"
-            label.objects.append(object)
+            label.add(Object(where, item.get("label", "")), _read_shape, item, size)
         yield label
 
 
@@ -59,7 +49,7 @@ def _read_shape(object: Object, item: ElementTree.Element, size: tuple) -> None:
         values = to_numbers([item.get(key) for key in ("cx", "cy", "rx", "ry")])
         if values:
             turn = np.deg2rad(to_number(item.get("rotation")) or 0)
-            object.segmentation = [ellipse(values[:2], values[2], values[3], float(turn))]
+            object.segmentation = [ellipse(*values, angle=float(turn))]
     else:
         values = to_numbers([item.get(key) for key in ("xtl", "ytl", "xbr", "ybr")])
         if values and not to_number(item.get("rotation")):

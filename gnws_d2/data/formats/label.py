@@ -2,18 +2,18 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import cv2
 import numpy as np
 import pycocotools.mask as mask_util
-from PIL import Image
+
+from ...utils.errors import UserError
+from ..rules import is_size, to_number
 
 IGNORED = "__ignore__"  # the name of a region with objects of all classes, labelme's
-
-_NUMBERS = {int, float}
 
 
 @dataclass(slots=True)
@@ -76,26 +76,24 @@ class Label:
         """The path of the picture."""
         return os.path.join(self.root, self.picture or "")
 
+    def add(
+        self, object: Object, read: Callable[..., None], *shape: Any, what: str = "label"
+    ) -> None:
+        """Add an object, whose `shape` is read by a function that raises ValueError for a fault."""
+        try:
+            read(object, *shape)
+        except (TypeError, ValueError) as e:
+            object.fault = f"its shape cannot be used: {e}"
+        if not object.name:
+            object.fault = f"it has no {what}"
+        self.objects.append(object)
 
-def to_number(value: Any) -> float | None:
-    """Return a finite number, also one in a string, or None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
 
-
-def to_numbers(values: Any) -> list[float] | None:
-    """Return a list of finite numbers, or None for anything else."""
-    if not isinstance(values, (list, tuple)):
-        return None
-    if _NUMBERS.issuperset(map(type, values)) and all(-1e15 < v < 1e15 for v in values):
-        return list(values)
-    numbers = [to_number(value) for value in values]
-    return None if None in numbers else numbers  # type: ignore[return-value]
+def check_name(name: Any, what: str) -> str:
+    """Return the name of a picture. Raise UserError if it has none."""
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{what} has no name.")
+    return name
 
 
 def corners_of(box: Any) -> list[float]:
@@ -109,14 +107,13 @@ def box_of(x1: float, y1: float, x2: float, y2: float) -> list[float]:
     return [min(x1, x2), min(y1, y2), abs(x2 - x1), abs(y2 - y1)]
 
 
-def ellipse(center: Sequence[float], rx: float, ry: float, angle: float = 0) -> list[float]:
+def ellipse(cx: float, cy: float, rx: float, ry: float, *, angle: float = 0) -> list[float]:
     """Return a polygon of 32 points for an ellipse that is turned by `angle` radians."""
     if not min(rx, ry) > 0:
         raise ValueError("its radius is not positive")
     angles = np.linspace(0, 2 * np.pi, 32, endpoint=False)
-    points = np.stack([rx * np.cos(angles), ry * np.sin(angles)])
-    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    return ((turn @ points).T + center).ravel().tolist()
+    x, y, cos, sin = rx * np.cos(angles), ry * np.sin(angles), math.cos(angle), math.sin(angle)
+    return np.stack([cx + cos * x - sin * y, cy + sin * x + cos * y], 1).ravel().tolist()
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
@@ -129,7 +126,7 @@ def paste(part: np.ndarray, x: float, y: float, size: Sequence[Any]) -> dict[str
     """Return the RLE of a mask at x, y of a picture with width and height; the rest is cut off."""
     width, height = (int(to_number(v) or 0) for v in size)
     x, y = int(x), int(y)
-    if not 0 < width * height <= (Image.MAX_IMAGE_PIXELS or math.inf) or min(width, height) < 0:
+    if not is_size(width, height):
         raise ValueError("its label does not have the size of the picture")
     full = np.zeros((height, width), np.uint8)
     x1, y1, x2, y2 = max(x, 0), max(y, 0), x + part.shape[1], y + part.shape[0]
@@ -144,11 +141,3 @@ def encode_parts(mask: np.ndarray) -> list[dict[str, Any]]:
     """Return the RLE of each connected part of a mask, (H, W)."""
     count, parts = cv2.connectedComponents(mask.astype(np.uint8))
     return [encode_mask(parts == number) for number in range(1, count)]
-
-
-def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    """Return the RLE of polygons or of an RLE with a list of counts."""
-    rle = segmentation
-    if isinstance(segmentation, list) or isinstance(segmentation["counts"], list):
-        rle = mask_util.frPyObjects(segmentation, height, width)
-    return mask_util.merge(rle) if isinstance(rle, list) else rle

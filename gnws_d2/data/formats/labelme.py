@@ -10,11 +10,9 @@ import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 
-from .label import IGNORED, Label, Object, box_of, corners_of, ellipse, paste, to_numbers
+from ..rules import to_numbers
+from .label import IGNORED, Label, Object, box_of, corners_of, ellipse, paste
 from .tree import Tree, stem
-
-_NOT_REGIONS = ("point", "points", "line", "linestrip", "lines")
-_BACKGROUND = "_background_"
 
 
 def find(tree: Tree) -> list[str]:
@@ -33,50 +31,23 @@ def parse(tree: Tree, file: str) -> Iterator[Label]:
     for number, shape in enumerate(shapes, 1):
         shape = shape if isinstance(shape, dict) else {}
         group = shape.get("group_id")
-        key = (shape.get("label"), f"shape {number}" if group is None else f"group {group}")
-        groups[str(key[0] or ""), key[1]].append(shape)
+        what = f"shape {number}" if group is None else f"group {group}"
+        groups[str(shape.get("label") or ""), what].append(shape)
     for (name, what), parts in groups.items():
-        if name == _BACKGROUND:
-            continue
-        object = Object(f"{tree.path(file)}, {what}", name, crowd=name == IGNORED)
-        try:
-            _read_shapes(object, parts, size)
-        except ValueError as e:
-            object.fault = f"its shape cannot be used: {parts[0].get('shape_type')!r}: {e}"
-        if not name:
-            object.fault = "it has no label"
-        label.objects.append(object)
+        if name != "_background_":
+            object = Object(f"{tree.path(file)}, {what}", name, crowd=name == IGNORED)
+            label.add(object, _read_shapes, parts, size)
     yield label
 
 
 def _read_shapes(object: Object, shapes: list[dict[str, Any]], size: Any) -> None:
     kinds = [shape.get("shape_type") or "polygon" for shape in shapes]
     if kinds == ["rectangle"]:
-        object.box, object.rectangle = _read_rectangle(shapes[0]), True
-    elif set(kinds) == {"mask"}:
-        parts = [_paste(shape, size) for shape in shapes]
-        object.segmentation = mask_util.merge(parts)
+        object.box, object.rectangle = _read_rectangle(_points(shapes[0])), True
+    elif all(kind == "mask" for kind in kinds):
+        object.segmentation = mask_util.merge([_paste(shape, size) for shape in shapes])
     else:
-        object.segmentation = [_read_polygon(s, kind) for s, kind in zip(shapes, kinds)]
-
-
-def _paste(shape: dict[str, Any], size: Any) -> dict[str, Any]:
-    x, y = _points(shape)[0]
-    try:
-        png = np.frombuffer(base64.b64decode(shape["mask"]), np.uint8)
-        mask = cv2.imdecode(png, cv2.IMREAD_GRAYSCALE)
-    except (KeyError, TypeError, ValueError, cv2.error):
-        mask = None
-    if mask is None:
-        raise ValueError("its mask is not a PNG in base64")
-    return paste(mask != 0, x, y, size)
-
-
-def _read_rectangle(shape: dict[str, Any]) -> list[float]:
-    points = _points(shape)
-    if len(points) not in (2, 4):
-        raise ValueError("a rectangle has two or four points")
-    return box_of(*points[0], *points[len(points) // 2])
+        object.segmentation = [_read_polygon(k, _points(s)) for k, s in zip(kinds, shapes)]
 
 
 def _points(shape: dict[str, Any]) -> list[list[float]]:
@@ -87,15 +58,32 @@ def _points(shape: dict[str, Any]) -> list[list[float]]:
     return points  # type: ignore[return-value]
 
 
-def _read_polygon(shape: dict[str, Any], kind: str) -> list[float]:
-    points = _points(shape)
+def _paste(shape: dict[str, Any], size: Any) -> dict[str, Any]:
+    try:
+        png = np.frombuffer(base64.b64decode(shape["mask"]), np.uint8)
+        mask: Any = cv2.imdecode(png, cv2.IMREAD_GRAYSCALE)
+    except (KeyError, TypeError, ValueError, cv2.error):
+        mask = None
+    if mask is None:
+        raise ValueError("its mask is not a PNG in base64")
+    x, y = _points(shape)[0]
+    return paste(mask != 0, x, y, size)
+
+
+def _read_rectangle(points: list[list[float]]) -> list[float]:
+    if len(points) not in (2, 4):
+        raise ValueError("a rectangle has two or four points")
+    return box_of(*points[0], *points[len(points) // 2])
+
+
+def _read_polygon(kind: Any, points: list[list[float]]) -> list[float]:
     if kind in ("polygon", "rotation"):
         return [v for point in points for v in point]
     if kind == "rectangle":
-        return corners_of(_read_rectangle(shape))
-    if kind == "circle":
-        if len(points) != 2:
-            raise ValueError("a circle has its center and another point")
-        radius = math.dist(points[0], points[1])
-        return ellipse(points[0], radius, radius)
-    raise ValueError("it is not a region" if kind in _NOT_REGIONS else "it is not known")
+        return corners_of(_read_rectangle(points))
+    if kind != "circle":
+        raise ValueError(f"{kind!r} is not a region")
+    if len(points) != 2:
+        raise ValueError("a circle has its center and another point")
+    (x, y), radius = points[0], math.dist(points[0], points[1])
+    return ellipse(x, y, radius, radius)

@@ -14,6 +14,7 @@ _VOC_CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
     "person pottedplant sheep sofa train tvmonitor"
 ).split()
+_OBJECTS = "SegmentationObject"  # the directory of Pascal VOC's masks of objects
 _MAX_OBJECTS = 10_000  # in a picture; more values are those of a photograph
 _NEAR = 32  # values of a compressed mask that are taken for 0, or for the highest
 
@@ -128,15 +129,13 @@ def read_objects(job: tuple[str, bool, Reading]) -> tuple[list[tuple[str, Any]],
         return [(ONE_CLASS, encode_mask(mask != 0))] if mask.any() else [], False
     if not reading.numbers and not reading.by_class:
         return [(ONE_CLASS, rle) for rle in encode_parts(mask != 0)], False
-    classes = _decode_classes(path, reading)
+    classes = None
+    if reading.by_class or _OBJECTS in path:  # in Pascal VOC's layout, (H, W, 3)
+        classes = _decode(path.replace(_OBJECTS, "SegmentationClass"), True)
     objects, apart = [], False
-    for number in (
-        np.unique(mask) if mask.dtype != np.uint8 else np.bincount(mask.ravel()).nonzero()[0]
-    ):
-        if number not in reading.known:
-            continue
-        own = mask == number
-        name = ONE_CLASS
+    values = np.unique(mask) if mask.dtype != np.uint8 else np.bincount(mask.ravel()).nonzero()[0]
+    for number in sorted(reading.known.intersection(values.tolist())):
+        own, name = mask == number, ONE_CLASS
         if classes is not None:
             colors, counts = np.unique(classes[own], axis=0, return_counts=True)
             color = tuple(colors[counts.argmax()].tolist())
@@ -148,24 +147,14 @@ def read_objects(job: tuple[str, bool, Reading]) -> tuple[list[tuple[str, Any]],
     return objects, apart
 
 
-def _decode_classes(path: str, reading: Reading) -> np.ndarray | None:
-    """Return the colors of classes, (H, W, 3), of a mask in Pascal VOC's layout."""
-    directory = "SegmentationObject"
-    if reading.by_class:
-        return _decode(path, True)
-    return (
-        _decode(path.replace(directory, "SegmentationClass"), True) if directory in path else None
-    )
-
-
 def read_class_names(tree: Tree) -> dict[tuple[int, ...], str]:
     """Return the names of classes by color, of labelmap.txt, or else Pascal VOC's."""
     names: dict[tuple[int, ...], str] = {}
-    for file in (f for f in tree.files if f.lower().endswith("class_names.txt")):  # labelme's
+    for file in tree.with_suffix("class_names.txt"):  # labelme's
         lines = read_text(tree.path(file)).splitlines()
         own = [line.strip() for line in lines if line.strip() not in ("", "__ignore__")]
         names = {_voc_color(i): name for i, name in enumerate(own) if i}
-    for file in (f for f in tree.files if f.lower().endswith("labelmap.txt")):
+    for file in tree.with_suffix("labelmap.txt"):
         for line in read_text(tree.path(file)).splitlines():
             name, *fields = line.split(":")
             if fields and not line.startswith("#"):

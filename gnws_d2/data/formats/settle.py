@@ -5,12 +5,12 @@ import re
 from collections import Counter, defaultdict
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from ...utils.errors import UserError
 from ..dataset_mapper import BadImageError, read_image
-from .label import IGNORED, Label, Object, corners_of, to_number, to_numbers
+from ..rules import refuse_corners, to_number, to_numbers
+from .label import IGNORED, Label, Object, corners_of
 from .settle_object import settle_object, turn_object
 from .tree import map_files
 
@@ -68,10 +68,11 @@ def settle(
         for object in label.objects:
             if not object.fault:
                 settle_object(object, *label.size)
-    _check_corners(labels)
     objects = [object for label in labels for object in label.objects]
-    _settle_crowds(objects)
     usable = [o for o in objects if not o.fault]
+    sizes = [label.size for label in labels for o in label.objects if not o.fault]
+    refuse_corners([o.box for o in usable], sizes, usable[0].where if usable else "")
+    _settle_crowds(objects)
     if masks is None:
         counted = [o for o in usable if not o.crowd] or usable
         with_masks = sum(o.segmentation is not None for o in counted)
@@ -146,20 +147,6 @@ def _open(path: str) -> tuple[int, int, int] | str:
             return width, height, header.getexif().get(_EXIF_ORIENTATION, 1)
     except BadImageError as e:
         return str(e)
-
-
-def _check_corners(labels: list[Label]) -> None:
-    """Refuse boxes that all fit into their pictures as x1, y1, x2, y2, and many not otherwise."""
-    usable = [(o, label.size) for label in labels for o in label.objects if not o.fault]
-    boxes = np.array([object.box for object, _ in usable]).reshape(-1, 4)
-    size = np.array([size for _, size in usable]).reshape(-1, 2) + 1
-    first, last = boxes[:, :2], boxes[:, 2:]
-    fit = (first <= last) & (last <= size)
-    if len(boxes) and fit.all() and (first + last > size).any(axis=1).mean() > 0.2:
-        raise UserError(
-            f"{usable[0][0].where}: the boxes seem to be x1, y1, x2, y2, which would all be inside "
-            "their pictures: convert them to x, y, width, height."
-        )
 
 
 def _settle_crowds(objects: list[Object]) -> None:

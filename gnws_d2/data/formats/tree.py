@@ -1,21 +1,23 @@
 """The files of a dataset: the picture that a label belongs to, and the split of a picture."""
 
+import contextlib
 import functools
-import json
 import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+from xml.etree import ElementTree
 
-import orjson
 import yaml
 from tqdm import tqdm
 
 from ...utils.errors import UserError
 from ...utils.process import num_usable_cores
+from ..check import parse_json
 from ..dataset_mapper import IMAGE_SUFFIXES
 
 _LEFT_BEHIND = r"\.|__MACOSX$|.*[Vv]isuali[sz]ation$"  # directories
@@ -73,6 +75,13 @@ class Tree:
         with open(self.path(file), "rb") as f:
             return f.read(1000)
 
+    def xml(self, file: str) -> ElementTree.Element:
+        """The root of an XML file. Raise UserError if it is not valid."""
+        try:
+            return ElementTree.parse(self.path(file)).getroot()
+        except (ElementTree.ParseError, ValueError, LookupError) as e:
+            raise UserError(f"{self.path(file)} is not valid XML: {e}.") from e
+
     def with_suffix(self, *suffixes: str) -> list[str]:
         """The files with one of some suffixes, in lower or upper case."""
         return [f for f in self.files if f.lower().endswith(suffixes)]
@@ -82,18 +91,10 @@ class Tree:
         """The content of the JSON files that can be read, by file."""
         contents = {}
         for file in self.with_suffix(".json"):
-            try:
-                with open(self.path(file), "rb") as f:
-                    text = f.read()
-                try:
-                    content = orjson.loads(text)
-                except ValueError:  # Python's reader takes NaN
-                    content = json.loads(text)
-            except (OSError, ValueError, RecursionError):
-                continue
-            if isinstance(content, dict) and "shapes" in content:
-                content.pop("imageData", None)  # labelme's copy of the picture
-            contents[file] = content
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                content = contents[file] = parse_json(Path(self.path(file)).read_bytes())
+                if isinstance(content, dict) and "shapes" in content:
+                    content.pop("imageData", None)  # labelme's copy of the picture
         return contents
 
     @functools.cached_property
@@ -138,7 +139,7 @@ class Tree:
                 if beside in found:
                     return beside
                 return self._nearest(label, found, parts[-1])
-        for name in (*stems, *([stem(parts[-1])] if parts else [])):
+        for name in (*stems, *map(stem, parts[-1:])):
             if found := self._of_stem.get(name.lower(), []):
                 return self._nearest(label, found, name)
         return None
@@ -183,13 +184,11 @@ class Tree:
         Read the pictures that a list file names, a path, a name or a stem in each line. A flag of
         -1, 0 or 1 behind it, as in Pascal VOC's lists of a class, is not part of the name.
         """
-        found: set[str] = set()
-        for line in read_text(self.path(file)).splitlines():
-            name = line.strip()
+        found = set()
+        for name in filter(None, map(str.strip, read_text(self.path(file)).splitlines())):
             for candidate in (name, re.sub(r"\s+-?[01]$", "", name)):
-                candidate = candidate.replace("\\", "/")
-                stems = [candidate.rpartition("/")[2]]
-                if name and (picture := self.find_picture(file, candidate, stems)):
+                stems = [re.split(r"[\\/]", candidate)[-1]]
+                if picture := self.find_picture(file, candidate, stems):
                     found.add(picture)
                     break
         return found
@@ -224,38 +223,35 @@ def stems_before(name: str) -> list[str]:
 def split_of(path: str) -> str:
     """The split that the nearest directory of a path is called: "train", "val", "test" or "all"."""
     for part in reversed(path.lower().split("/")[:-1]):
-        for split, pattern in _SPLITS.items():
-            if re.fullmatch(pattern, part):
-                return split
+        if named := _splits_named([part]):
+            return named[0]
     return "all"
 
 
 def split_of_name(path: str) -> str:
     """The split that a word in the name of a file is, or else :func:`split_of` its directory."""
-    words = re.split(r"[^a-z]+", stem(path).lower())
-    named = [s for s, pattern in _SPLITS.items() if any(re.fullmatch(pattern, w) for w in words)]
+    named = _splits_named(re.split(r"[^a-z]+", stem(path).lower()))
     return named[0] if len(named) == 1 else split_of(path)
+
+
+def _splits_named(words: list[str]) -> list[str]:
+    return [s for s, pattern in _SPLITS.items() if any(re.fullmatch(pattern, w) for w in words)]
 
 
 def read_text(path: str) -> str:
     """Read a text file in UTF-8, with or without a byte order mark, UTF-16 with one, or Latin-1."""
-    with open(path, "rb") as f:
-        data = f.read()
-    encodings = ["utf-16"] if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "latin-1"]
-    for encoding in encodings:
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    return data.decode("latin-1")
+    data = Path(path).read_bytes()
+    try:
+        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
 
 
 def _walk(root: str) -> Iterable[str]:
     for directory, directories, names in os.walk(root, followlinks=True):
         directories[:] = [d for d in directories if not re.match(_LEFT_BEHIND, d)]
-        for name in names:
-            if name[0] != ".":
-                yield os.path.relpath(os.path.join(directory, name), root).replace(os.sep, "/")
+        for name in (name for name in names if name[0] != "."):
+            yield os.path.relpath(os.path.join(directory, name), root).replace(os.sep, "/")
 
 
 def _parts(path: str) -> list[str]:
@@ -288,9 +284,8 @@ def _distance(label: str, picture: str, name: str) -> tuple[Any, ...]:
     here, there = label.split("/")[:-1], picture.split("/")[:-1]
     splits = split_of_name(label), split_of(picture)
     other_split = splits[0] != splits[1] and "all" not in splits
-    shorter = min(len(here), len(there))
-    common = next((i for i in range(shorter) if here[i] != there[i]), shorter)
-    differing = [pair for pair in zip(here, there) if pair[0] != pair[1]]
+    differing = [i for i, pair in enumerate(zip(here, there)) if pair[0] != pair[1]]
+    common = min(*differing, len(here), len(there))
     mirrored = len(here) == len(there) and len(differing) == 1 and not other_split
     rank = 0 if here == there else 1 if mirrored else 2 if _place(here) == _place(there) else 3
     below = there[: len(here)] != here
@@ -300,10 +295,5 @@ def _distance(label: str, picture: str, name: str) -> tuple[Any, ...]:
 
 def _place(directories: list[str]) -> list[str]:
     """The directories without those that only say what their files are."""
-    place = []
-    for part in map(str.lower, directories):
-        mask = re.fullmatch(MASK_DIRECTORY, part)
-        part = (mask["of"] or "") if mask else part
-        if part and part not in _ROLES:
-            place.append(part)
-    return place
+    parts = (re.sub(rf"^(?:{MASK_DIRECTORY})\Z", r"\g<of>", d.lower()) for d in directories)
+    return [part for part in parts if part and part not in _ROLES]

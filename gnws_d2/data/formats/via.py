@@ -4,11 +4,16 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from ...utils.errors import UserError
-from .label import Label, Object, ellipse, to_numbers
+from ..rules import to_numbers
+from .label import Label, Object, check_name, ellipse
 from .tree import Tree
 
-_ONE_CLASS = "object"
+_VALUES = {
+    "polygon": ("all_points_x", "all_points_y"),
+    "rect": ("x", "y", "width", "height"),
+    "circle": ("cx", "cy", "r", "r"),
+    "ellipse": ("cx", "cy", "rx", "ry"),
+}
 
 
 def find(tree: Tree) -> list[str]:
@@ -18,68 +23,48 @@ def find(tree: Tree) -> list[str]:
 
 def _items(content: Any) -> list[dict[str, Any]]:
     """Return the pictures of a file, or an empty list if it has another format."""
-    if isinstance(content, dict):
-        items = content.get("_via_img_metadata", content)
-        items = list(items.values()) if isinstance(items, dict) else []
-        if items and all(
-            isinstance(i, dict) and {"filename", "regions"} <= i.keys() for i in items
-        ):
-            return items
-    return []
+    items = [*_dict(_dict(content).get("_via_img_metadata", content)).values()]
+    return items if all({"filename", "regions"} <= _dict(item).keys() for item in items) else []
 
 
 def parse(tree: Tree, file: str) -> Iterator[Label]:
     """Read the labels of a file."""
     items = _items(tree.jsons[file])
-    every = [region for item in items for region in _regions(item)]
-    key = _class_attribute(every)
+    key = _class_attribute([own for item in items for _, own in _regions(item)])
     for index, item in enumerate(items, 1):
-        name = item["filename"]
-        if not isinstance(name, str) or not name:
-            raise UserError(f"{tree.path(file)}: picture {index} has no name.")
-        label = Label(file, name)
-        for number, region in enumerate(_regions(item), 1):
-            where = f"{tree.path(file)}, {name}, region {number}"
-            object = Object(where, _ONE_CLASS if key is None else _value(region, key))
-            try:
-                _read_shape(object, _dict(region.get("shape_attributes")))
-            except KeyError as e:
-                object.fault = f"its shape cannot be used: it has no {e.args[0]}"
-            except (TypeError, ValueError) as e:
-                object.fault = f"its shape cannot be used: {e}"
-            if not object.name:
-                object.fault = object.fault or f"it has no {key}, which others have"
-            label.objects.append(object)
+        label = Label(file, check_name(item["filename"], f"{tree.path(file)}: picture {index}"))
+        for number, (shape, attributes) in enumerate(_regions(item), 1):
+            where = f"{tree.path(file)}, {label.named}, region {number}"
+            object = Object(where, "object" if key is None else _value(attributes, key))
+            label.add(object, _read_shape, shape, what=f"{key}, which others have")
         yield label
 
 
-def _regions(item: dict[str, Any]) -> list[dict[str, Any]]:
-    regions = item["regions"]
-    regions = list(regions.values()) if isinstance(regions, dict) else regions
-    return [_dict(region) for region in regions] if isinstance(regions, list) else []
+def _regions(item: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return the shape and the attributes of each region."""
+    given = item["regions"]
+    for region in map(_dict, given if isinstance(given, list) else _dict(given).values()):
+        yield _dict(region.get("shape_attributes")), _dict(region.get("region_attributes"))
 
 
 def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _value(region: dict[str, Any], key: str) -> str:
-    value = _dict(region.get("region_attributes")).get(key)
+def _value(attributes: dict[str, Any], key: str) -> str:
+    value = attributes.get(key)
     if isinstance(value, dict):  # a checkbox
         value = next((name for name, checked in value.items() if checked), "")
     return str(value if value is not None else "").strip()
 
 
-def _class_attribute(regions: list[dict[str, Any]]) -> str | None:
-    """
-    Return the attribute with the fewest values of those that all regions have, or else the one that
-    most regions have.
-    """
-    keys = dict.fromkeys(k for r in regions for k in _dict(r.get("region_attributes")))
-    values = {key: [v for r in regions if (v := _value(r, key))] for key in keys}
-    most = {key: own for key, own in values.items() if 2 * len(own) > len(regions)}
+def _class_attribute(every: list[dict[str, Any]]) -> str | None:
+    """Return the attribute with the fewest values of those that the most, over half, have."""
+    keys = dict.fromkeys(key for attributes in every for key in attributes)
+    values = {key: [v for own in every if (v := _value(own, key))] for key in keys}
+    most = {key: own for key, own in values.items() if 2 * len(own) > len(every)}
     found = min(most, key=lambda key: (-len(most[key]), len(set(most[key]))), default=None)
-    if found and sum(len(own) == len(regions) for own in most.values()) > 1:
+    if found and sum(len(own) == len(every) for own in most.values()) > 1:
         logging.getLogger(__name__).warning(
             f"The regions have the attributes {', '.join(most)}: the values of {found} are taken "
             "for the classes."
@@ -89,21 +74,17 @@ def _class_attribute(regions: list[dict[str, Any]]) -> str | None:
 
 def _read_shape(object: Object, shape: dict[str, Any]) -> None:
     kind = shape.get("name")
-    if kind in ("polygon", "polyline"):
-        x, y = to_numbers(shape["all_points_x"]), to_numbers(shape["all_points_y"])
-        if not x or not y or len(x) != len(y) or kind == "polyline":
+    keys = _VALUES.get(str(kind))
+    if keys is None:
+        raise ValueError(f"{kind!r} is not a region")
+    if kind == "polygon":
+        x, y = (to_numbers(shape.get(key)) or [] for key in keys)
+        if not x or len(x) != len(y):
             raise ValueError("it is not a polygon")
         object.segmentation = [[v for point in zip(x, y) for v in point]]
+    elif (values := to_numbers([shape.get(key) for key in keys])) is None:
+        raise ValueError(f"its {', '.join(keys)} are not all numbers")
     elif kind == "rect":
-        object.box = to_numbers([shape[key] for key in ("x", "y", "width", "height")])
-        object.rectangle = True
-    elif kind in ("circle", "ellipse"):
-        keys = ("cx", "cy", "r", "r") if kind == "circle" else ("cx", "cy", "rx", "ry")
-        values = to_numbers([shape[key] for key in keys])
-        if values is None:
-            raise ValueError("it has values that are not numbers")
-        object.segmentation = [
-            ellipse(values[:2], values[2], values[3], float(shape.get("theta") or 0))
-        ]
+        object.box, object.rectangle = values, True
     else:
-        raise ValueError(f"{kind!r} is not a region")
+        object.segmentation = [ellipse(*values, angle=float(shape.get("theta") or 0))]

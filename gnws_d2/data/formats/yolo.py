@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterator
 
 from ...utils.errors import UserError
-from .label import Label, Object, to_number, to_numbers
+from ..rules import is_polygon, to_number, to_numbers
+from .label import Label, Object
 from .tree import Tree, read_text, stem
 from .yolo_data import NAME_FILES, find_data_file, read_classes
 
@@ -18,15 +19,12 @@ def find(tree: Tree) -> list[str]:
     """Return the label files of this format: those that begin with a class and coordinates."""
     found = []
     stems = {stem(picture).lower() for picture in tree.pictures}
-    for file in (f for f in tree.files if f.lower().endswith(".txt")):
-        in_labels = "labels" in file.lower().split("/")[:-1]
-        if os.path.basename(file).lower() in NAME_FILES or not (
-            in_labels or stem(file).lower() in stems
-        ):
-            continue
-        first = _split(read_text(tree.path(file)).strip().partition("\n")[0])
-        if not first or sum(to_number(v) is not None for v in first[:5]) >= 4:
-            found.append(file)
+    for file in tree.with_suffix(".txt"):
+        *directories, name = file.lower().split("/")
+        if name not in NAME_FILES and ("labels" in directories or stem(name) in stems):
+            first = _split(read_text(tree.path(file)).strip().partition("\n")[0])
+            if not first or sum(to_number(v) is not None for v in first[:5]) >= 4:
+                found.append(file)
     return found if any(os.path.getsize(tree.path(f)) for f in found) else []
 
 
@@ -70,8 +68,7 @@ def _parse_line(words: list[str], names: dict[int, str], keypoints: int, where: 
         outside = not all(-0.01 <= v <= 1.01 for v in values)
     if outside:
         object.fault = f"its coordinates are not from 0 to 1: {' '.join(words)[:80]!r}"
-    elif len(values) != 4 and (len(values) < 6 or len(values) % 2):
-        object.fault = (
-            f"its coordinates are neither a box (4) nor a polygon: there are {len(values)}"
-        )
+    elif len(values) != 4 and not is_polygon(values):
+        count = len(values)
+        object.fault = f"its coordinates are neither a box (4) nor a polygon: there are {count}"
     return object

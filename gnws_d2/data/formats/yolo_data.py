@@ -4,8 +4,8 @@ import os
 from typing import Any
 
 from ...utils.errors import UserError
+from ..rules import to_number
 from . import unreadable
-from .label import to_number
 from .tree import Tree, read_text
 
 NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels", "predefined_classes.txt")
