@@ -325,7 +325,7 @@ def test_without_the_extra_the_message_names_it(trained, pushed, tmp_path, monke
     with pytest.raises(UserError, match=r"not on this machine: .* pip install huggingface"):
         find_trained("no/such")
     path = snapshot(pushed, tmp_path / "model")
-    assert find_trained(str(path)).MODEL.WEIGHTS.endswith("model.safetensors")
+    assert Predictor.from_pretrained(str(path)).metadata.thing_classes == CLASSES
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(UserError, match=r"it needs safetensors: pip install huggingface"):
         Predictor.from_pretrained(str(path))
@@ -404,13 +404,3 @@ def test_model_without_threshold_classes_and_record_can_be_shared(hub, trained, 
     assert "detections.jpg" not in card
     predictor = Predictor.from_pretrained(str(snapshot(files, tmp_path / "model")))
     assert predictor.metadata.get("thing_classes") is None
-
-
-def test_offline_reading_needs_no_hub(pushed, tmp_path, monkeypatch):
-    """A directory is used even if the library of the Hub is not installed."""
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", None)
-    predictor = Predictor.from_pretrained(str(snapshot(pushed, tmp_path / "model")))
-    assert predictor.metadata.thing_classes == CLASSES
-    with pytest.raises(UserError, match="pip install"):
-        download_from_hub(REPO)
