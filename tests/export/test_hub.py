@@ -27,6 +27,7 @@ from gnws_d2.utils.errors import UserError
 
 CLASSES = ["fig", "hazelnut", "fig|<b>_x"]
 THRESHOLD = {"iteration": 39, "threshold": 0.25, "classes": {"fig": 0.25}}
+pytestmark = pytest.mark.ci  # three minutes
 REPO = "marie/fruits"
 PHOTOGRAPH = ASSETS / "fruits_nuts" / "images" / "0.jpg"
 # Names of the machine, the user and the training images, which nobody else is to know.
