@@ -18,7 +18,6 @@ from PIL import Image
 from safetensors.torch import load, load_file, save_file
 
 from gnws_d2.checkpoint import GNWSCheckpointer
-from gnws_d2.checkpoint.hub import download_from_hub
 from gnws_d2.config import load_config
 from gnws_d2.export.hub import push_to_hub
 from gnws_d2.layers import WSConv2d

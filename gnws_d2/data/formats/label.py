@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import cv2
+import hotcoco
 import numpy as np
-import pycocotools.mask as mask_util
 
 from ...utils.errors import UserError
 from ..rules import is_size, to_number
@@ -32,6 +32,7 @@ class Object:
         relative: whether the coordinates are from 0 to 1.
         fault: why it cannot be used, if it cannot.
         repairs: what was repaired in it.
+        encoded: whether the segmentation is an RLE of :func:`encode_mask`, which has no fault.
     """
 
     where: str
@@ -44,6 +45,7 @@ class Object:
     relative: bool = False
     fault: str = ""
     repairs: tuple[str, ...] = ()
+    encoded: bool = False
 
 
 @dataclass(slots=True)
@@ -118,7 +120,9 @@ def ellipse(cx: float, cy: float, rx: float, ry: float, *, angle: float = 0) -> 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     """Return the RLE of a mask, (H, W)."""
-    rle = mask_util.encode(np.asfortranarray(mask, np.uint8))
+    # The same as pycocotools' and NumPy's, in a tenth of the time.
+    columns: Any = cv2.transpose(np.ascontiguousarray(mask, np.uint8)).T
+    rle = hotcoco.mask.encode(columns)
     return {"size": rle["size"], "counts": rle["counts"].decode()}
 
 
@@ -139,5 +143,11 @@ def paste(part: np.ndarray, x: float, y: float, size: Sequence[Any]) -> dict[str
 
 def encode_parts(mask: np.ndarray) -> list[dict[str, Any]]:
     """Return the RLE of each connected part of a mask, (H, W)."""
-    count, parts = cv2.connectedComponents(mask.astype(np.uint8))
-    return [encode_mask(parts == number) for number in range(1, count)]
+    mask = np.ascontiguousarray(mask, np.uint8)
+    x, y, width, height = cv2.boundingRect(mask)
+    if not width:
+        return []
+    count, parts = cv2.connectedComponents(mask[y : y + height, x : x + width])
+    if count == 2:
+        return [encode_mask(mask)]
+    return [paste(parts == number, x, y, mask.shape[::-1]) for number in range(1, count)]

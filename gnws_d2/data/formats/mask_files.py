@@ -2,7 +2,9 @@
 
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
+import pycocotools.mask as mask_util
 from PIL import Image
 
 from ...utils.errors import UserError
@@ -16,6 +18,7 @@ _VOC_CLASSES = (
 ).split()
 _OBJECTS = "SegmentationObject"  # the directory of Pascal VOC's masks of objects
 _MAX_OBJECTS = 10_000  # in a picture; more values are those of a photograph
+_FEW = 100  # numbers in a mask; of more, which are rare, the objects are read in a second pass
 _NEAR = 32  # values of a compressed mask that are taken for 0, or for the highest
 
 
@@ -28,14 +31,15 @@ class Values(NamedTuple):
         is_blurred: whether compression or resizing has changed them.
         is_two_valued: whether nearly all are near 0 or near the highest.
         size: width and height.
-        rle: all that is not 0, where the mask is one object.
+        parts: the RLE of each connected part of each number, or of all of a mask that is one
+            object; None if the mask is to be read again.
     """
 
     numbers: tuple[int, ...]
     is_blurred: bool
     is_two_valued: bool
     size: tuple[int, int]
-    rle: dict[str, Any] | None
+    parts: dict[int, list[dict[str, Any]]] | None
 
 
 class Reading(NamedTuple):
@@ -95,12 +99,12 @@ def read_values(job: tuple[str, bool]) -> Values:
     path, is_one = job
     mask = _decode(path)
     size = (mask.shape[1], mask.shape[0])
-    rle = encode_mask(mask != 0) if is_one and mask.any() else None
+    parts = ({1: [encode_mask(mask != 0)]} if mask.any() else {}) if is_one else None
     if mask.dtype != np.uint8:
         values = np.unique(mask)
         blurred = _is_jpeg(path) or len(values) > _MAX_OBJECTS
-        return Values(tuple(int(n) for n in values[:1001] if n), blurred, not blurred, size, rle)
-    counts = np.bincount(mask.ravel(), minlength=256)
+        return Values(tuple(int(n) for n in values[:1001] if n), blurred, not blurred, size, parts)
+    counts = cv2.calcHist([mask], [0], None, [256], [0, 256]).ravel().astype(int)
     highest = int(counts.nonzero()[0][-1])
     between = counts[_NEAR : max(highest - _NEAR, _NEAR)]
     bright = int(counts[max(highest - _NEAR, 1) :].sum())
@@ -110,7 +114,25 @@ def read_values(job: tuple[str, bool]) -> Values:
     is_blurred = is_jpeg or (is_two_valued and int((counts[_NEAR:highest] > 0).sum()) > 3)
     numbers = tuple((counts[1:].nonzero()[0] + 1).tolist())
     is_two_valued = is_two_valued or (highest < 128 and not is_jpeg)
-    return Values(numbers, is_blurred, is_two_valued, size, rle)
+    if not is_one and not is_blurred and len(numbers) <= _FEW:
+        parts = {number: encode_parts(mask == number) for number in numbers}
+    return Values(numbers, is_blurred, is_two_valued, size, parts)
+
+
+def find_objects(
+    values: Values, job: tuple[str, bool, Reading]
+) -> tuple[list[tuple[str, Any]], bool] | None:
+    """Return what :func:`read_objects` returns, or None if that must read the mask again."""
+    path, is_one, reading = job
+    if values.parts is None or reading.blurred:
+        return None
+    if is_one or not (reading.numbers or reading.by_class):
+        return [(ONE_CLASS, rle) for rles in values.parts.values() for rle in rles], False
+    if reading.by_class or _OBJECTS in path:
+        return None
+    known = [rles for number, rles in values.parts.items() if number in reading.known]
+    whole = [rles[0] if len(rles) == 1 else mask_util.merge(rles) for rles in known]
+    return [(ONE_CLASS, rle) for rle in whole], any(len(rles) > 1 for rles in known)
 
 
 def read_objects(job: tuple[str, bool, Reading]) -> tuple[list[tuple[str, Any]], bool]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from ...utils.errors import UserError
 from .label import Label, Object
-from .mask_files import ONE_CLASS, Reading, read_class_names, read_objects, read_values
+from .mask_files import Reading, find_objects, read_class_names, read_objects, read_values
 from .tree import MASK_DIRECTORY, MASK_STEM, Tree, map_files, stem, stems_before
 
 _VOID = 255  # beside numbers
@@ -44,10 +44,14 @@ def parse_all(tree: Tree, files: list[str]) -> Iterator[Label]:
     by_class = "segmentationclass" in files[0].lower()
     several = any(len(v.numbers) > 1 for v in whole.values()) or len(numbers) > 1
     reading = Reading(blurred, several and not blurred, by_class, numbers, read_class_names(tree))
-    found = {f: ([(ONE_CLASS, v.rle)], False) for f, v in values.items() if v.rle and not blurred}
-    left = [file for file in files if file not in found]
-    parts = [(tree.path(file), is_one[file], reading) for file in left]
-    found.update(zip(left, map_files(read_objects, parts, "Reading objects of masks")))
+    found = {}
+    parts = {file: (tree.path(file), is_one[file], reading) for file in files}
+    for file, job in list(parts.items()):
+        if objects := find_objects(values[file], job):
+            found[file] = objects
+            del parts[file]
+    again = map_files(read_objects, parts.values(), "Reading objects of masks")
+    found.update(zip(parts, again))
     if reading.numbers and not by_class and any(apart for _, apart in found.values()):
         logging.getLogger(__name__).warning(
             f"--data {tree.root}: some values of the masks have separate parts. The values are "
@@ -57,7 +61,8 @@ def parse_all(tree: Tree, files: list[str]) -> Iterator[Label]:
         label = Label(own[0], None, _stems(own[0]), values[own[0]].size)
         for file in own:
             for name, rle in found[file][0]:
-                label.objects.append(Object(tree.path(file), name, segmentation=rle))
+                where = tree.path(file)
+                label.objects.append(Object(where, name, segmentation=rle, encoded=True))
         yield label
 
 

@@ -67,7 +67,8 @@ def settle_object(object: Object, width: int, height: int) -> None:
 def _settle_segmentation(object: Object, width: int, height: int) -> list[float] | None:
     """Keep polygons and RLE that can be used, and return their box."""
     given = object.segmentation
-    if isinstance(given, dict) and not find_rle_fault(given, width, height):
+    has_size = object.encoded and given["size"] == [height, width]
+    if isinstance(given, dict) and (has_size or not find_rle_fault(given, width, height)):
         rle = to_rle(given, height, width)
         if not mask_util.area(rle):
             return None
