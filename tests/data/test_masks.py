@@ -10,6 +10,7 @@ from gnws_d2.utils.errors import UserError
 
 ONE, TWO = rectangle(4, 6, 10, 12), rectangle(20, 2, 8, 20)
 COLORS = [(0, 0, 0), (255, 0, 0), (0, 0, 128)]
+VOC_COLORS = [(0, 0, 0), (128, 0, 0), (0, 128, 0)]
 NUMBERS = (ONE + 2 * TWO).astype(np.uint8)
 BOTH = (255 * (ONE | TWO)).astype(np.uint8)
 
@@ -145,13 +146,11 @@ def test_blurred_masks_of_several_values_and_photographs_are_refused(tmp_path, m
 @pytest.mark.parametrize("own", [None, "cat:255,0,0::\ndog:0,0,128::\n"])
 @pytest.mark.parametrize("by_object", [True, False])
 def test_pascal_voc(tmp_path, own, by_object):
-    names, colors = ["cat", "dog"], COLORS
-    if own is None:
-        names, colors = ["aeroplane", "bicycle"], [(0, 0, 0), (128, 0, 0), (0, 128, 0)]
-    colors = [*colors, *[(224, 224, 192)] * 253]
-    files = {"JPEGImages/a.jpg": (W, H), "SegmentationClass/a.png": palette(void(NUMBERS), colors)}
+    names, colors = (["cat", "dog"], COLORS) if own else (["aeroplane", "bicycle"], VOC_COLORS)
+    rim, values = [(224, 224, 192)] * 253, void(NUMBERS)
+    files = {"JPEGImages/a.jpg": (W, H), "SegmentationClass/a.png": palette(values, colors + rim)}
     if by_object:
-        files["SegmentationObject/a.png"] = palette(void(NUMBERS), COLORS + [(224, 224, 192)] * 253)
+        files["SegmentationObject/a.png"] = palette(values, COLORS + rim)
     if own:
         files["labelmap.txt"] = "# label:color_rgb:parts:actions\nbackground:0,0,0::\n" + own
     assert_masks(read(tmp_path, files)[0], {"JPEGImages/a.jpg": [ONE, TWO]}, names)
@@ -167,13 +166,11 @@ def test_damaged_mask_is_told(tmp_path):
 
 
 def test_labelme_s_export_as_pascal_voc(tmp_path):
-    names = "__ignore__\n_background_\ncat\ndog\n"
-    voc = [(0, 0, 0), (128, 0, 0), (0, 128, 0)]
     files = {
         "JPEGImages/a.jpg": (W, H),
-        "SegmentationObject/a.png": palette(NUMBERS, voc),
-        "SegmentationClass/a.png": palette(NUMBERS, voc),
+        "SegmentationObject/a.png": palette(NUMBERS, VOC_COLORS),
+        "SegmentationClass/a.png": palette(NUMBERS, VOC_COLORS),
         "SegmentationObjectVisualization/a.jpg": BOTH,
-        "class_names.txt": names,
+        "class_names.txt": "__ignore__\n_background_\ncat\ndog\n",
     }
     assert_masks(read(tmp_path, files)[0], {"JPEGImages/a.jpg": [ONE, TWO]}, ["cat", "dog"])

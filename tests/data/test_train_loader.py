@@ -1,3 +1,5 @@
+import copy
+import functools
 import itertools
 import logging
 import multiprocessing
@@ -26,6 +28,12 @@ from gnws_d2.utils.errors import UserError
 def draw(record):
     """A mapper that draws from every generator that augmentations use."""
     return {**record, "draws": (random.random(), np.random.rand())}
+
+
+def bad(record, numbers=(3, 4)):
+    if record["i"] in numbers:
+        raise BadImageError(f"The image {record['file_name']} is empty.")
+    return draw(record)
 
 
 def records(n=10):
@@ -62,15 +70,19 @@ def test_resumes_at_any_iteration_with_any_number_of_workers(start, num_workers)
     assert take(resumed, 5) == whole[start : start + 5]
 
 
+def each_rank(monkeypatch, world_size, sampler, **options):
+    """The loaders of all processes, each while it is the process that runs."""
+    sampler._rank, sampler._world_size = 0, 1  # as in build_train_loader
+    monkeypatch.setattr(comm, "get_world_size", lambda: world_size)
+    for rank in range(world_size):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        yield make_loader(sampler=copy.deepcopy(sampler), **options)
+
+
 def run_part(monkeypatch, world_size, batch_size, state, iterations, n):
     """Return the images of all processes of a part of a run, the state after it, and its start."""
-    monkeypatch.setattr(comm, "get_world_size", lambda: world_size)
-    images = []
-    for rank in range(world_size):
-        sampler = TrainingSampler(n, seed=0)
-        sampler._rank, sampler._world_size = 0, 1  # as in build_train_loader
-        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
-        loader = make_loader(n=n, batch_size=batch_size, sampler=sampler)
+    images, sampler = [], TrainingSampler(n, seed=0)
+    for loader in each_rank(monkeypatch, world_size, sampler, n=n, batch_size=batch_size):
         start = loader.load_state_dict(state) if state else 0
         images += [x for batch in take(loader, iterations) for x in batch]
     return images, loader.state_dict(start + iterations), start
@@ -156,13 +168,9 @@ def test_dataset_without_sizes_is_loaded():
 
 def subset_stream(monkeypatch, world_size, state=None, start=0, n=40):
     """The images of all processes of a run on a quarter of 40 images, and its state at the end."""
-    monkeypatch.setattr(comm, "get_world_size", lambda: world_size)
     seen, seeds = [], np.random.randint(2**31, size=2).tolist()  # as Detectron2 draws them
-    for rank in range(world_size):
-        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
-        sampler = RandomSubsetTrainingSampler(n, 0.25, True, *seeds)
-        sampler._rank, sampler._world_size = 0, 1  # as in build_train_loader
-        loader = make_loader(n=n, sampler=sampler, grouping=False, seed=seeds[0])
+    sampler, options = RandomSubsetTrainingSampler(n, 0.25, True, *seeds), {"seed": seeds[0]}
+    for loader in each_rank(monkeypatch, world_size, sampler, n=n, grouping=False, **options):
         if state:
             assert loader.load_state_dict(state) == start
         seen.append([[x["i"] for x in batch] for batch in take(loader, 12)])
@@ -182,17 +190,9 @@ def test_bad_image_of_a_subset_is_replaced_by_one_of_the_subset():
     sampler = RandomSubsetTrainingSampler(40, 0.25, seed_shuffle=0, seed_subset=0)
     good = make_loader(n=40, sampler=sampler, grouping=False)
     subset = {x["i"] for batch in take(good, 20) for x in batch}
-    first = min(subset)
-
-    def bad_first(record):
-        if record["i"] == first:
-            raise BadImageError("The image is empty.")
-        return record
-
-    loader = make_loader(
-        n=40, sampler=sampler, grouping=False, mapper=bad_first, on_bad_image="skip"
-    )
-    assert {x["i"] for batch in take(loader, 40) for x in batch} == subset - {first}
+    mapper = functools.partial(bad, numbers=[min(subset)])
+    loader = make_loader(n=40, sampler=sampler, grouping=False, mapper=mapper, on_bad_image="skip")
+    assert {x["i"] for batch in take(loader, 40) for x in batch} == subset - {min(subset)}
 
 
 def run_code(code, **kwargs):
@@ -266,16 +266,6 @@ time.sleep(100)
         time.sleep(0.1)
 
 
-def bad(record):
-    if record["i"] in (3, 4):
-        raise BadImageError(f"The image {record['file_name']} is empty.")
-    return draw(record)
-
-
-def all_bad(record):
-    raise BadImageError(f"The image {record['file_name']} is empty.")
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_bad_image_stops(num_workers):
     with pytest.raises(BadImageError, match=r"^The image [34]\.jpg is empty\.$"):
@@ -301,4 +291,5 @@ def test_bad_images_are_replaced_counted_and_logged_once(num_workers, caplog):
 
 def test_ten_bad_images_in_a_row_stop():
     with pytest.raises(UserError, match=r"9 images that were drawn instead are bad, too"):
-        take(make_loader(2, mapper=all_bad, on_bad_image="skip"), 1)
+        mapper = functools.partial(bad, numbers=range(10))
+        take(make_loader(2, mapper=mapper, on_bad_image="skip"), 1)

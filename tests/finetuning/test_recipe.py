@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from builders import coco
 
 from gnws_d2 import model_zoo
 from gnws_d2.finetuning.recipe import anchor_coverage, derive_recipe, has_masks
@@ -9,16 +10,9 @@ ZOO = "mask_rcnn_R50_gnws_2x"
 
 def make_coco(num_images, size, box, num_objects=1, masks=True):
     """Pictures with `num_objects` boxes of a width and height each."""
-    images = [{"id": i, "width": size[0], "height": size[1]} for i in range(num_images)]
-    annotations = [
-        {"image_id": i, "category_id": 1, "bbox": [0, 0, *box], "area": box[0] * box[1]}
-        for i in range(num_images)
-        for _ in range(num_objects)
-    ]
-    for annotation in annotations if masks else []:
-        annotation["segmentation"] = [[0, 0, 1, 0, 1, 1]]
-    categories = [{"id": 1, "name": "x"}]
-    return {"images": images, "annotations": annotations, "categories": categories}
+    names = [str(i) for i in range(num_images)]
+    objects = [(name, "x", [0, 0, *box]) for name in names for _ in range(num_objects)]
+    return coco(dict.fromkeys(names, size), objects, ["x"], masks)
 
 
 def choose(coco, model=ZOO, epochs=20, images_at_once=2, num_processes=1):
