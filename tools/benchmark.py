@@ -40,14 +40,14 @@ from detectron2.solver import build_optimizer
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import nn
 
+from benchmark_ops import Parts, Step, prepare_ops
 from gnws_d2.config import check_device, load_config
 from gnws_d2.data import OpenCVDatasetMapper, register_coco_datasets
 from gnws_d2.engine.run_record import describe_machine
 from gnws_d2.export.fold import STOCK_NAMES
-from gnws_d2.layers import WSConv2d, fold_for_inference, group_norm, standardize_weight
-from gnws_d2.layers.weight_standardization import standardize_weight_reference
+from gnws_d2.layers import WSConv2d, fold_for_inference
 from gnws_d2.utils.errors import exit_on_user_error
 from gnws_d2.utils.process import keep_freed_memory
 
@@ -60,8 +60,6 @@ VARIANTS = {
 CALLS_ON_GPU = 50  # of an operator in a run
 # By variant: "machine"; "seconds" and "memory_bytes" of each run, by part.
 Measured = dict[str, dict[str, Any]]
-Step = Callable[[], Any]
-Parts = dict[str, Callable[[], Step]]  # functions that prepare what is timed
 
 
 def make_inputs(cfg: CfgNode, size: list[int], batch_size: int) -> list[dict[str, Any]]:
@@ -154,60 +152,6 @@ def prepare_models(cfg: CfgNode, variant: str, args: argparse.Namespace) -> Part
                 prepare_model, cfg, variant, work == "train", args.image_size, n, amp
             )
     return parts
-
-
-def prepare_ops(cfg: CfgNode, variant: str, args: argparse.Namespace) -> Parts:
-    """Weight standardization of all convolutions of a model, and GroupNorm + ReLU by shape."""
-    kernels, device = variant.partition(", ")[2] or "auto", cfg.MODEL.DEVICE
-    model = build_model(cfg).requires_grad_()  # the frozen layers too
-    weights = [(m.weight,) for m in model.modules() if isinstance(m, WSConv2d)]
-    parts: Parts = {}
-    for dtype in [torch.float32] + [getattr(torch, cfg.SOLVER.AMP.PRECISION)] * (device != "cpu"):
-        cases: dict[str, Any] = {}
-        cases["weight standardization"] = partial(standardize, dtype, kernels), weights
-        for n in (1, 2) if args.work == "gpu" else (args.batch_size,):
-            for shape in model_shapes(n, *args.image_size):
-                tensors = torch.randn(shape, dtype=dtype), *torch.randn(2, shape[1])
-                inputs = [tuple(t.to(device).requires_grad_() for t in tensors)]
-                name = f"GroupNorm + ReLU, {' x '.join(map(str, shape))}"
-                cases[name] = partial(normalize, kernels), inputs
-        for name, (operator, inputs) in cases.items():
-            grads = [tensors[0].detach().to(dtype) for tensors in inputs]
-            for backward, what in ((False, ", forward"), (True, "")):
-                # A partial of partial, as a part returns the step.
-                part = partial(partial, run_operator, operator, inputs, grads, backward)
-                parts[f"{name}, {str(dtype).removeprefix('torch.')}{what}"] = part
-    return parts
-
-
-def standardize(dtype: torch.dtype, kernels: str, weight: Tensor) -> Tensor:
-    if kernels == "reference":
-        return standardize_weight_reference(weight).to(dtype)
-    return standardize_weight(weight, dtype=dtype, kernels=kernels)
-
-
-def normalize(kernels: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    kernels = "torch" if kernels == "reference" else kernels
-    return group_norm(x, 32, weight, bias, relu=True, kernels=kernels)
-
-
-def run_operator(
-    operator: Callable[..., Tensor], inputs: Any, grads: list[Tensor], backward: bool
-) -> None:
-    """Call `operator` with each of `inputs`."""
-    with torch.set_grad_enabled(backward):
-        outputs = [operator(*tensors) for tensors in inputs]
-    if backward:
-        torch.autograd.grad(outputs, [t for tensors in inputs for t in tensors], grads)
-
-
-def model_shapes(n: int, height: int, width: int) -> list[tuple[int, ...]]:
-    """Return the shapes that Mask R-CNN's GroupNorms get for `n` images, padded by Detectron2."""
-    height, width = (-(-size // 32) * 32 for size in (height, width))
-    channels = {2: [64], 4: [64, 256, 128], 8: [128, 512, 256], 16: [256, 1024, 512]}
-    channels[32] = [512, 2048, 256]
-    shapes = [(n, c, height // s, width // s) for s, cs in channels.items() for c in cs]
-    return [*shapes, (1000 * n, 256, 7, 7), (100 * n, 256, 14, 14)]  # box head, mask head
 
 
 def prepare_dataloader(cfg: CfgNode, variant: str, args: argparse.Namespace) -> Parts:

@@ -46,7 +46,11 @@ def convert_to_detectron2(checkpoint: Any) -> dict[str, Any]:
     * an ImageNet backbone with MMCV's names, or with the names of the WS authors, who call
       GroupNorm layers ``bn``, without its classifier ``fc``.
 
-    Anything else, or BatchNorm, is a :class:`UserError`, whose message has no file name.
+    Returns:
+        ``{"model": state dict, ...}``, as `DetectionCheckpointer` loads it.
+
+    Raises:
+        UserError: if it is none of these, or has BatchNorm. The message has no file name.
     """
     state = checkpoint
     if isinstance(checkpoint, dict):

@@ -44,6 +44,9 @@ def find_checkpoint(path: str) -> str:
     Args:
         path: a file; the ``OUTPUT_DIR`` of a run, for its best checkpoint, or else its last; or an
             address: ``https://...``, ``gnws://NAME`` or ``detectron2://...``.
+
+    Raises:
+        UserError: if there is no such file, or it cannot be downloaded.
     """
     if os.path.isdir(path):
         names = _names_in_run(path)
@@ -81,8 +84,10 @@ def _names_in_run(output_dir: str) -> list[str]:
 def load_checkpoint(file: str) -> dict[str, Any]:
     """
     Read a checkpoint of any format of :func:`convert_to_detectron2`, without running code in it,
-    and return it in Detectron2's format, on the CPU. Raise :class:`UserError` if that fails, or if
-    values are not finite.
+    and return it in Detectron2's format, on the CPU.
+
+    Raises:
+        UserError: if `file` cannot be read, has an unknown format, code or non-finite values.
     """
     checkpoint = _read(file)
     try:
