@@ -100,6 +100,12 @@ def _add_number(parser: ArgumentParser, option: str, default: int, text: str) ->
     parser.add_argument(option, type=int, default=default, metavar="N", help=text)
 
 
+def _score(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a score from 0 to 1")
+    return float(text)
+
+
 def train(parser: ArgumentParser) -> None:
     """Train a model and evaluate it."""
     add_train_arguments(parser)
@@ -164,7 +170,7 @@ def demo(parser: ArgumentParser) -> int:
     add = parser.add_argument
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--config-file", metavar="FILE", help="config of the model")
-    text = "trained model: OUTPUT_DIR of a run, a checkpoint in it, or name of a published model"
+    text = "OUTPUT_DIR of a run, a checkpoint, name of a published model, or USER/REPO of the Hub"
     model.add_argument("--model", metavar="MODEL", help=text)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="PATH", help="images, directories, patterns")
@@ -172,7 +178,7 @@ def demo(parser: ArgumentParser) -> int:
     text = "directory for the drawings and detections.json"
     add("--output", required=True, metavar="DIR", help=text)
     text = "minimum score, from 0 to 1 (default: the best one in the last evaluation, or else 0.5)"
-    add("--threshold", "--confidence-threshold", type=float, metavar="SCORE", help=text)
+    add("--threshold", "--confidence-threshold", type=_score, metavar="SCORE", help=text)
     text = "also write the detections of images as labels to correct, to labels_FORMAT in --output"
     add("--save-labels", choices=["labelme", "yolo", "voc", "coco"], help=text)
     add_dataset_argument(parser)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pickle
 import types
@@ -120,11 +121,14 @@ def read_threshold(checkpoint: str) -> float:
     """
     file = os.path.join(os.path.dirname(checkpoint), THRESHOLD_FILE)
     try:
-        return float(json.loads(Path(file).read_text())["threshold"])
-    except OSError:
+        threshold = float(json.loads(Path(file).read_text())["threshold"])
+    except FileNotFoundError:
         return DEFAULT_THRESHOLD
-    except (ValueError, LookupError, TypeError) as e:
-        raise UserError(f"{file} is damaged ({e!r}): remove it, or evaluate again.") from e
+    except (OSError, ValueError, LookupError, TypeError):
+        threshold = math.nan
+    if not 0 <= threshold <= 1:
+        raise UserError(f"{file} is damaged: remove it, or evaluate again.")
+    return threshold
 
 
 class _Inert:

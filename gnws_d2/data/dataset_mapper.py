@@ -22,7 +22,9 @@ from ..utils.errors import UserError
 from .transforms import OpenCVResizeShortestEdge
 
 # Suffixes of the files in a directory that are read as images.
-IMAGE_SUFFIXES = tuple(".avif .bmp .gif .jp2 .jpeg .jpg .png .ppm .tif .tiff .webp".split())
+IMAGE_SUFFIXES = tuple(
+    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
+)
 _IMAGE_ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82")  # of complete JPEG and PNG files
 
 

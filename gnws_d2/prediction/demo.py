@@ -14,7 +14,6 @@ from ..checkpoint.files import read_threshold
 from ..config import choose_device, load_config
 from ..data import read_image, register_coco_datasets
 from ..data.coco import check_num_classes, check_registered, class_metadata, dataset_classes
-from ..data.dataset_mapper import BadImageError
 from ..utils.errors import UserError, print_error
 from ..utils.files import atomic_write
 from ..utils.signals import catch_signals, received_signal
@@ -26,6 +25,7 @@ from .results import CocoDetections
 
 _MIN_WIDTH = 320  # pixels; smaller images are enlarged so that labels can be read
 _MAX_SIDE = 4096  # pixels; of an image that is enlarged
+_WRITABLE = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _FRAME_RATE = 25  # of a video without one
 
 
@@ -37,11 +37,12 @@ class VisualizationDemo:
         Args:
             args: the options of ``tools/demo.py``.
         """
-        if args.model:
+        if args.model is not None:
             cfg = find_trained(args.model, args.opts, args.dataset)
         else:
             cfg = load_config(args.config_file, args.opts, args.dataset)
-            choose_device(cfg)
+            if "MODEL.DEVICE" not in args.opts:
+                choose_device(cfg)
         self.threshold = args.threshold
         if self.threshold is None:
             self.threshold = read_threshold(cfg.MODEL.WEIGHTS)
@@ -102,8 +103,7 @@ def _run_on_images(args: argparse.Namespace) -> int:
         raise UserError(" ".join(map(str, errors)))
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     names = [os.path.relpath(path, root) for path in paths]
-    pictures = [name if cv2.haveImageWriter(name) else f"{name}.png" for name in names]
-    pictures = [os.path.join(args.output, picture) for picture in pictures]
+    pictures = [os.path.join(args.output, picture) for picture in _name_drawings(names)]
     _check_not_overwritten(paths, pictures)
     if args.save_labels:
         labels_directory(args.output, args.save_labels)  # fails before the work if it exists
@@ -111,22 +111,26 @@ def _run_on_images(args: argparse.Namespace) -> int:
     demo = VisualizationDemo(args)
     notes = []
     with catch_signals():
-        for path, name, picture in zip(tqdm(paths, unit="image"), names, pictures):
-            if received_signal():
-                break
-            try:
-                image = read_image(path, "BGR")
-            except BadImageError as e:
-                errors.append(e)
-                continue
-            if (frames := num_frames(path)) > 1:
-                notes.append(f"{path} has {frames} frames or pages: only the first is used.")
-            scale = max(1, min(_MIN_WIDTH / image.shape[1], _MAX_SIDE / max(image.shape[:2])))
-            drawn = demo.run_on_image(image, scale, file_name=name)
-            os.makedirs(os.path.dirname(picture), exist_ok=True)
-            with atomic_write(picture, "wb") as f:
-                f.write(cv2.imencode(os.path.splitext(picture)[1], drawn)[1])
-        _write(demo, args.output, image_root=root)
+        try:
+            for path, name, picture in zip(tqdm(paths, unit="image"), names, pictures):
+                if received_signal():
+                    break
+                try:
+                    image = read_image(path, "BGR")
+                    if (frames := num_frames(path)) > 1:
+                        notes.append(
+                            f"{path} has {frames} frames or pages: only the first is used."
+                        )
+                    scale = min(_MIN_WIDTH / image.shape[1], _MAX_SIDE / max(image.shape[:2]))
+                    drawn = demo.run_on_image(image, max(1, scale), file_name=name)
+                    os.makedirs(os.path.dirname(picture), exist_ok=True)
+                    _, data = cv2.imencode(os.path.splitext(picture)[1], drawn)
+                    with atomic_write(picture, "wb") as f:
+                        f.write(data)
+                except UserError as e:
+                    errors.append(e)
+        finally:
+            _write(demo, args.output, image_root=root)
         if args.save_labels:
             save_labels(demo.detections, args.output, args.save_labels, root)
         if errors:
@@ -134,6 +138,17 @@ def _run_on_images(args: argparse.Namespace) -> int:
         for note in notes:
             print_error(note)
         return _status(bool(errors))
+
+
+def _name_drawings(names: list[str]) -> list[str]:
+    """Name the drawing of each picture as the picture; as PNG, if OpenCV has no other way."""
+    taken: dict[str, None] = {}
+    for name in names:
+        suffix = os.path.splitext(name)[1].lower()
+        while suffix not in _WRITABLE or name in taken:
+            name, suffix = f"{name}.png", ".png"
+        taken[name] = None
+    return list(taken)
 
 
 def _run_on_video(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import numpy as np
+import pycocotools.mask as mask_util
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import VisImage, Visualizer, _create_text_labels
 from matplotlib.colors import to_rgb
@@ -30,10 +31,15 @@ class LabelVisualizer(Visualizer):
         Args:
             predictions: see :class:`Visualizer`; on the CPU.
         """
+        masks = None
+        if predictions.has("pred_masks"):
+            masks = predictions.pred_masks.numpy().view(np.uint8)
+            masks = [mask_util.encode(np.asfortranarray(mask)) for mask in masks]
         classes, names = predictions.pred_classes.tolist(), self.metadata.get("thing_classes")
         return self.overlay_instances(
             boxes=predictions.pred_boxes,
-            masks=predictions.get_fields().get("pred_masks"),
+            # As RLE, for Detectron2 takes an array with two columns for a polygon.
+            masks=masks,
             labels=_create_text_labels(classes, predictions.scores, names),
             assigned_colors=[class_color(c) for c in classes],
             alpha=0.35,
@@ -57,6 +63,7 @@ def arrange_labels(output: VisImage) -> VisImage:
     width, height = output.canvas.get_width_height()
     taken: list = []
     for label in list(output.ax.texts):
+        label.set_parse_math(False)  # a class may be called US$
         # Half white: on Detectron2's black, pure blue or red is hard to read.
         label.set_color((1 + np.asarray(to_rgb(label.get_color()))) / 2)
         box = label.get_window_extent(output.canvas.get_renderer()).padded(_GAP)

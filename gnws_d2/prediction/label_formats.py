@@ -31,7 +31,11 @@ def to_coco(annotation: _Item) -> _Item:
     """Return an annotation, without a score, and with polygons."""
     own = {k: v for k, v in annotation.items() if k not in ("score", "name", "number")}
     polygons = [polygon.ravel().tolist() for polygon in outline(annotation)]
-    return {**own, "segmentation": polygons} if polygons else own
+    if not polygons:
+        return own
+    points = np.reshape(np.concatenate(polygons), (-1, 2))
+    box = [*points.min(0).tolist(), *np.ptp(points, 0).tolist()]
+    return {**own, "segmentation": polygons, "bbox": box}
 
 
 def to_labelme(image: _Item, objects: list[_Item]) -> str:

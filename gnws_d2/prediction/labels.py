@@ -91,9 +91,9 @@ def _name_copies(
         stem, suffix = os.path.splitext(name)
         if suffix.lower() not in IMAGE_SUFFIXES:  # which no tool takes for a picture
             stem, suffix = name, ".png"
-        while unique and stem.lower() in taken:
+        while (stem if unique else stem + suffix).lower() in taken:
             stem += f"_{suffix[1:]}"
-        taken.add(stem.lower())
+        taken.add((stem if unique else stem + suffix).lower())
         yield name, {**image, "file_name": stem + suffix}
 
 

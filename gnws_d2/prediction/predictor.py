@@ -32,7 +32,7 @@ _HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.pth)")  # USER/REPO
 
 
 def find_trained(
-    model: str, opts: Sequence[Any] = (), datasets: Sequence[Sequence[str]] = ()
+    model: str | os.PathLike[str], opts: Sequence[Any] = (), datasets: Sequence[Sequence[str]] = ()
 ) -> CfgNode:
     """
     Return the config of a trained model with its weights, on the CPU if PyTorch finds no GPU.
@@ -46,11 +46,12 @@ def find_trained(
     Raises:
         UserError: if there is no such model; see :func:`load_config`, too.
     """
-    names, text = model_zoo.names(), ""
+    model, names, text = os.fspath(model), model_zoo.names(), ""
     if model in names and not os.path.isfile(os.path.join(model, "config.yaml")):
         config_file, weights = model_zoo.get_config_file(model), model_zoo.get_checkpoint_url(model)
     else:
-        if model.startswith("hf://") or (_HUB.fullmatch(model) and not os.path.exists(model)):
+        is_path = os.path.exists(model) or os.path.isdir(os.path.dirname(model))
+        if model.startswith("hf://") or (_HUB.fullmatch(model) and not is_path):
             from ..checkpoint.hub import download_from_hub
 
             model = download_from_hub(model)
@@ -60,11 +61,12 @@ def find_trained(
         if not (text or (weights and os.path.isfile(config_file))):
             near = difflib.get_close_matches(model, names, n=3, cutoff=0)
             raise UserError(
-                f"{model} is not a trained model: name the OUTPUT_DIR of a run with a checkpoint, "
+                f"{model or repr(model)} is not a trained model: name the OUTPUT_DIR of a run with a checkpoint, "
                 f"a checkpoint beside its config.yaml, or a published model ({', '.join(near)})."
             )
     cfg = load_config(config_file, ["MODEL.WEIGHTS", weights, *opts], datasets, text)
-    choose_device(cfg)
+    if "MODEL.DEVICE" not in opts:
+        choose_device(cfg)
     return cfg
 
 
@@ -112,7 +114,9 @@ class Predictor(DefaultPredictor):
         self.input_format = cfg.INPUT.FORMAT
 
     @classmethod
-    def from_pretrained(cls, model: str, opts: Sequence[Any] = ()) -> "Predictor":
+    def from_pretrained(
+        cls, model: str | os.PathLike[str], opts: Sequence[Any] = ()
+    ) -> "Predictor":
         """Build a predictor from a trained model: see :func:`find_trained`."""
         return cls(find_trained(model, opts))
 

@@ -246,7 +246,7 @@ def test_predictions_are_kept_when_ap_fails(dataset_name, tmp_path, monkeypatch)
     def fail(*args, **kwargs):
         raise MemoryError
 
-    monkeypatch.setattr("gnws_d2.evaluation.evaluate_results", fail)
+    monkeypatch.setattr("gnws_d2.evaluation.coco_evaluation.evaluate_results", fail)
     rng = np.random.RandomState(0)
     with pytest.raises(MemoryError):
         evaluate(dataset_name, tmp_path, lambda record: predict(record, rng))

@@ -101,8 +101,9 @@ def test_thresholds_are_kept_beside_the_checkpoint(tmp_path):
         {"threshold": 0.75, "classes": pytest.approx({"cat": 0.15})}
     )
     assert read_threshold(checkpoint) == pytest.approx(0.75)
-    path.write_text("{")
-    with pytest.raises(UserError, match=r"threshold.json is damaged .* evaluate again"):
-        read_threshold(checkpoint)
+    for text in ("{", "[]", '{"threshold": NaN}', '{"threshold": 2}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"threshold.json is damaged: .* evaluate again"):
+            read_threshold(checkpoint)
     write_thresholds(json_file, RESULTS[1:2], str(path))  # none is correct
     assert read_threshold(checkpoint) == DEFAULT_THRESHOLD and not path.exists()

@@ -166,7 +166,7 @@ def test_unreadable_inputs_are_named_and_skipped(demo, images, photographs):
 
 def test_picture_of_any_shape_is_drawn_and_further_frames_are_told(demo, tmp_path):
     (tmp_path / "in").mkdir()
-    pictures = {"thin": (2000, 2), "tall": (1, 900), "dot": (1, 1)}
+    pictures = {"thin": (2000, 2), "tall": (2, 900), "dot": (1, 1), "small": (2, 9)}
     for name, size in pictures.items():
         Image.new("RGB", size, (90, 120, 40)).save(f"in/{name}.png")
     first, second = (Image.new("RGB", (60, 40), color) for color in ("red", "blue"))
@@ -180,7 +180,27 @@ def test_picture_of_any_shape_is_drawn_and_further_frames_are_told(demo, tmp_pat
         **{f"{name}.png": size for name, size in pictures.items()},
         **dict.fromkeys(["frames.gif", "frames.webp", "pages.tif"], (60, 40)),
     }
-    assert len(list(Path("out").iterdir())) == 7
+    assert len(list(Path("out").iterdir())) == 8
+
+
+def test_drawing_of_any_picture_has_a_name_of_its_own(demo, images):
+    shutil.copy("photos/0.png", "photos/0")
+    shutil.copy("photos/0.png", "photos/0.jfif")
+    cv2.imwrite("photos/0.pgm", cv2.imread("photos/0.png", cv2.IMREAD_GRAYSCALE))
+    inputs = [f"photos/{name}" for name in ("0.png", "0", "0.jfif", "0.pgm")]
+    shutil.copy("photos/0.png", "photos/0.png.png")
+    status, _, err = demo("--input", *inputs, "photos/0.png.png", "--output", "out")
+    assert (status, err) == (0, [])
+    drawings = {"0.png", "0.png.png", "0.jfif.png", "0.pgm.png", "0.png.png.png"}
+    assert {path.name for path in Path("out").iterdir()} == drawings | {"detections.json"}
+
+
+def test_drawing_that_cannot_be_written_does_not_stop_the_others(demo, images):
+    Path("out/1.png").mkdir(parents=True)
+    status, _, err = demo("--input", "photos", "--output", "out")
+    assert status == 1 and "Cannot write out/1.png: Is a directory" in err[0]
+    assert len(read("out/detections.json")[0]["images"]) == 5
+    assert cv2.imread("out/4.png") is not None
 
 
 @pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -322,6 +342,8 @@ def test_video_without_a_frame_rate_gets_25(demo, frames, monkeypatch, rate):
     [
         (["--video-input", "in.mp4", "--save-labels", "yolo"], "--save-labels needs --input"),
         (["--input", "gone.jpg", "*.gone"], "no image at gone.jpg. .* at [*].gone."),
+        (["--input", "photos", "--threshold", "2"], "2 is not a score from 0 to 1"),
+        (["--input", "photos", "--threshold", "nan"], "argument --threshold"),
         (["--input", "photos", "--output", "classes.json/out"], "classes.json/out: Not a dir"),
         (["--input", "photos", "--video-input", "in.mp4"], "not allowed with argument --input"),
         (["--video-input", "gone.mp4"], "cannot read the video gone.mp4"),

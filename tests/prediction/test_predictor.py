@@ -210,7 +210,14 @@ def test_what_is_not_a_trained_model_is_named(run_dir, tmp_path):
     (run_dir / "config.yaml").unlink()
     stock = tmp_path / "stock.pth"
     torch.save({"model": {}}, stock)
-    for model in ("mask_rcnn_R50", str(tmp_path), str(stock), str(tmp_path / "gone.pth")):
+    for model in (
+        "mask_rcnn_R50",
+        "",
+        str(tmp_path / "run") + "/gone",
+        str(tmp_path),
+        str(stock),
+        str(tmp_path / "gone.pth"),
+    ):
         with pytest.raises(UserError, match=f"{model} is not a trained model"):
             find_trained(model)
 
