@@ -61,8 +61,9 @@ def find_trained(
         if not (text or (weights and os.path.isfile(config_file))):
             near = difflib.get_close_matches(model, names, n=3, cutoff=0)
             raise UserError(
-                f"{model or repr(model)} is not a trained model: name the OUTPUT_DIR of a run with a checkpoint, "
-                f"a checkpoint beside its config.yaml, or a published model ({', '.join(near)})."
+                f"{model or repr(model)} is not a trained model: name the OUTPUT_DIR of a run with "
+                "a checkpoint, a checkpoint beside its config.yaml, or a published model "
+                f"({', '.join(near)})."
             )
     cfg = load_config(config_file, ["MODEL.WEIGHTS", weights, *opts], datasets, text)
     if "MODEL.DEVICE" not in opts:

@@ -296,7 +296,7 @@ def test_mistakes_of_a_push_are_sentences(hub, trained, pushed, tmp_path):
     before = dict(hub.repos[REPO])
     lines = run(PUSH, environment(hub, tmp_path), trained, tmp_path)
     expected = [
-        f"ERROR {trained}/threshold.json is damaged (",
+        f"ERROR {trained}/threshold.json is damaged: remove it",
         "ERROR fruits is not the name USER/REPO of a repository",
         "ERROR The Hugging Face Hub refuses pierre/fruits: You cannot write to pierre. If it is",
         'ERROR Cannot push marie/fruits: Invalid metadata in README.md. - "license" must be one of',
