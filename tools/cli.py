@@ -32,7 +32,10 @@ def main(command: str | None = None) -> None:
     parser = ArgumentParser(os.path.basename(sys.argv[0]), description=function.__doc__)
     try:
         status = function(parser)
-    except (Exception, KeyboardInterrupt):
+    except KeyboardInterrupt:  # perhaps during an import, so that nothing is imported here
+        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception:
         from gnws_d2.utils.errors import exit_on_user_error
 
         exit_on_user_error(_raise_again)()

@@ -43,7 +43,9 @@ def open_picture(source: Any) -> np.ndarray:
         return decode_image(bytes(source), "given as bytes", "BGR")
     if isinstance(source, Image.Image):
         return _from_pil(source)
-    shown = repr(source) if source is None or source in ([], ()) else f"a {type(source).__name__}"
+    shown = (
+        repr(source) if source is None or source in ([], ()) else f"of type {type(source).__name__}"
+    )
     raise BadImageError(f"The picture is {shown}: {_TAKES}.")
 
 
@@ -59,8 +61,9 @@ def _from_array(image: np.ndarray) -> np.ndarray:
 
 
 def _from_pil(image: Image.Image) -> np.ndarray:
-    if image.mode[0] in "IF":
-        raise BadImageError(f"The PIL image has the mode {image.mode}: convert it to 8 bits.")
+    # Pillow cuts off the lower half of the colors of 16 bits when it loads a file.
+    if image.mode[0] in "IF" or ";16" in str(getattr(image, "tile", "")):
+        raise BadImageError(f"The PIL image is not of 8 bits (mode {image.mode}): convert it.")
     try:
         rgb = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, SyntaxError) as e:  # of a damaged file, which Pillow reads only now

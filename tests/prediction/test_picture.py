@@ -4,6 +4,7 @@ import io
 import re
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -129,9 +130,9 @@ def encode(array):
         ([], r"The picture is \[\]: give a path"),
         ((), r"The picture is \(\): give a path"),
         ([None], "The picture is None"),
-        (7, "The picture is a int"),
-        (torch.zeros(3, 8, 8), "The picture is a Tensor: .* array of shape"),
-        (iter([]), "The picture is a list_iterator"),
+        (7, "The picture is of type int: "),
+        (torch.zeros(3, 8, 8), "The picture is of type Tensor: .* array of shape"),
+        (iter([]), "The picture is of type list_iterator"),
         (np.zeros((8, 8, 3)), r"array of shape \(8, 8, 3\) and type float64: give"),
         (np.zeros((8, 8, 3), np.uint16), "type uint16"),
         (np.zeros((8, 8, 3), bool), "type bool"),
@@ -139,7 +140,7 @@ def encode(array):
         (np.zeros((8, 8, 2), np.uint8), r"shape \(8, 8, 2\)"),
         (np.zeros((2, 8, 8, 3), np.uint8), r"shape \(2, 8, 8, 3\)"),
         (np.zeros((0, 8, 3), np.uint8), r"without pixels, of shape \(0, 8, 3\)"),
-        (Image.new("I;16", (8, 8)), "The PIL image has the mode I;16: convert it to 8 bits"),
+        (Image.new("I;16", (8, 8)), r"The PIL image is not of 8 bits \(mode I;16\): convert it"),
         (Image.new("F", (8, 8)), "mode F"),
         (b"", "The image given as bytes is damaged or not an image: its format is not known"),
         (encode(np.zeros((8, 8), np.uint16)), "image given as bytes has 16 bits per channel"),
@@ -154,6 +155,13 @@ def test_what_cannot_be_used_is_a_value_error_of_one_sentence(predictor, picture
     with pytest.raises(ValueError, match=message) as e:
         predictor(picture)
     assert re.fullmatch(r"[^\n]*\.", str(e.value))
+
+
+def test_pillow_image_with_colors_of_16_bits_is_told(tmp_path):
+    path = str(tmp_path / "image.png")
+    cv2.imwrite(path, np.full((8, 8, 3), 1000, np.uint16))
+    with pytest.raises(ValueError, match="not of 8 bits"):
+        open_picture(Image.open(path))
 
 
 def test_damaged_pillow_image_is_told(folder):
