@@ -95,6 +95,8 @@ class Predictor(DefaultPredictor):
 
     def __init__(self, cfg: CfgNode):
         """Raise :class:`UserError` if ``MODEL.DEVICE`` or ``MODEL.WEIGHTS`` cannot be used."""
+        if not isinstance(cfg, CfgNode):
+            raise UserError(f"Predictor takes a config: use Predictor.from_pretrained({cfg!r}).")
         check_device(cfg)
         if cfg.MODEL.DEVICE == "cpu" and check_keys(cfg) != "reference":
             keep_freed_memory()

@@ -222,6 +222,11 @@ def test_what_is_not_a_trained_model_is_named(run_dir, tmp_path):
             find_trained(model)
 
 
+def test_name_in_place_of_a_config_is_told():
+    with pytest.raises(UserError, match=r"use Predictor.from_pretrained\('output/mine'\)"):
+        Predictor("output/mine")
+
+
 def test_published_model_has_its_own_config_and_weights():
     cfg = find_trained("faster_rcnn_R50_gnws_1x", ["SEED", "3"])
     assert cfg.MODEL.WEIGHTS == "gnws://faster_rcnn_R50_gnws_1x" and cfg.SEED == 3
