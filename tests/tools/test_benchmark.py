@@ -36,6 +36,7 @@ def run_script(*words, cwd):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.ci
 def test_script_prints_a_table_and_writes_the_times_of_all_turns(tmp_path):
     words = ["inference", "--config-file", "quick_start", "--image-size", "64", "96"]
     words += ["--models", "GN+WS", "FrozenBN", "--turns", "2", "--runs", "2", "--opts", *TINY]
@@ -52,6 +53,7 @@ def test_script_prints_a_table_and_writes_the_times_of_all_turns(tmp_path):
         assert measured["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
 
 
+@pytest.mark.ci
 def test_mappers_map_every_image_of_the_dataset(photographs, tmp_path):
     words = ["dataloader", "--config-file", "quick_start", "--turns", "1"]
     words += ["--dataset", "fruits_nuts", photographs.json_file, photographs.images, "--opts"]
