@@ -105,8 +105,9 @@ fi
 
 run_uv_or_pip() {
     if [ -n "$uv" ]; then
+        # With bytecode, as pip: where Python may not write it, each start takes 5 seconds more.
         "$uv" pip install --python "$python" ${TORCH_BACKEND:+--torch-backend "$TORCH_BACKEND"} \
-            -c "$versions" "$@"
+            --compile-bytecode -c "$versions" "$@"
     else
         "$python" -m pip install --disable-pip-version-check -c "$versions" "$@"
     fi

@@ -15,7 +15,7 @@ python=$venv/bin/python
 [ -x "$python" ] || "$uv" venv -q --python "$(command -v "${PYTHON:-python3}")" "$venv"
 grep -vE '^(torch|torchvision|triton|numpy|opencv-python|detectron2)\b' requirements.txt \
     >"$venv/versions.txt"
-install() { "$uv" pip install -q --python "$python" -c "$venv/versions.txt" "$@"; }
+install() { "$uv" pip install -q --compile-bytecode --python "$python" -c "$venv/versions.txt" "$@"; }
 install "${floor[@]}" "${others[@]}"
 wheel=$(DETECTRON2=v0.6 PATH=$PATH:$(dirname "$uv") \
     "$python" tools/detectron2_wheel.py requirements.txt "$venv")

@@ -68,14 +68,15 @@ def is_polygon(polygon: Sequence[float]) -> bool:
 def find_box_fault(box: Sequence[float], width: float, height: float) -> str:
     """Return why the box x, y, w, h cannot be used in an image of a size, or ""."""
     x, y, w, h = box
-    shown = f"[{', '.join(f'{v:g}' for v in box)}]"
     if w <= 0 or h <= 0:
-        return f"its box has no area: {shown}"
-    if x >= width or y >= height or x + w <= 0 or y + h <= 0:
-        return f"its box is outside of the picture: {shown}"
-    if x < -width or y < -height or x + w > 2 * width or y + h > 2 * height:
-        return f"it reaches far outside of the picture: {shown}"
-    return ""
+        fault = "its box has no area"
+    elif x >= width or y >= height or x + w <= 0 or y + h <= 0:
+        fault = "its box is outside of the picture"
+    elif x < -width or y < -height or x + w > 2 * width or y + h > 2 * height:
+        fault = "it reaches far outside of the picture"
+    else:
+        return ""
+    return f"{fault}: [{', '.join(f'{v:g}' for v in box)}]"
 
 
 def find_rle_fault(rle: dict[str, Any], width: int, height: int) -> str:

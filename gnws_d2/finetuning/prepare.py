@@ -132,4 +132,4 @@ def _read_splits(
 
 def _write_json(path: str, content: Any) -> None:
     with atomic_write(path) as f:
-        json.dump(content, f)
+        f.write(json.dumps(content))  # by C code; json.dump is written in Python
