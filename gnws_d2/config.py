@@ -33,6 +33,11 @@ def add_gnws_config(cfg: CfgNode) -> None:
     # zero_init_residual).
     cfg.MODEL.GNWS.ZERO_INIT_RESIDUAL = True
 
+    # The IoU from which the best anchors of an object are positive although it is below
+    # MODEL.RPN.IOU_THRESHOLDS. 0: Detectron2's rule, from any IoU. MMDetection's 0.3 leaves out
+    # most objects that are smaller than half the smallest anchor. Read by "MinQualityRPN".
+    cfg.MODEL.RPN.MIN_LOW_QUALITY_IOU = 0.0
+
     # Whether training keeps only the inputs of the ResNet's blocks, and computes the rest again in
     # the backward pass: less memory, more time, the same gradients.
     cfg.MODEL.BACKBONE.ACTIVATION_CHECKPOINTING = False

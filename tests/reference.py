@@ -1,13 +1,13 @@
 """
-MMDetection's GN+WS Faster and Mask R-CNN at test time, in plain PyTorch on MMDetection's names:
-an expectation that owes nothing to Detectron2, nor to this project.
+MMDetection's GN+WS Faster and Mask R-CNN, and the losses of a Mask R-CNN, in plain PyTorch on
+MMDetection's names: an expectation that owes nothing to Detectron2, nor to this project.
 """
 
 import math
 
 import torch
 from torch.nn import functional as F
-from torchvision.ops import batched_nms, roi_align
+from torchvision.ops import batched_nms, box_iou, roi_align
 
 MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]
 STD = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
@@ -78,8 +78,8 @@ def decode(boxes, deltas, image_size):
     return torch.cat(corners, dim=-1)
 
 
-def proposals(pyramid, state, image_size, num_proposals):
-    boxes, scores, levels = [], [], []
+def rpn(pyramid, state):
+    """Return the anchors, (N, 4), the scores, (N), and the deltas, (N, 1, 4), of each level."""
     for level, x in enumerate(pyramid):
         stride = 4 * 2**level
         x = conv(x, state, "rpn_head.rpn_conv").relu()
@@ -91,10 +91,16 @@ def proposals(pyramid, state, image_size, num_proposals):
         h, w = x.shape[-2:]
         y, x = torch.meshgrid(torch.arange(h) * stride, torch.arange(w) * stride, indexing="ij")
         anchors = (torch.stack([x, y, x, y], dim=-1)[:, :, None] + base).reshape(-1, 4)
+        yield anchors, score, deltas
+
+
+def proposals(pyramid, state, image_size, num_proposals, num_before=1000):
+    boxes, scores, levels = [], [], []
+    for level, (anchors, score, deltas) in enumerate(rpn(pyramid, state)):
         score, order = score.sort(descending=True, stable=True)
-        order = order[:1000]
+        order = order[:num_before]
         boxes.append(decode(anchors[order], deltas[order], image_size)[:, 0])
-        scores.append(score[:1000].sigmoid())
+        scores.append(score[:num_before].sigmoid())
         levels.append(torch.full((len(order),), level))
     boxes, scores, levels = torch.cat(boxes), torch.cat(scores), torch.cat(levels)
     valid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
@@ -120,6 +126,20 @@ def head_convs(x, state, name):
     return x
 
 
+def box_heads(pyramid, rois, state):
+    x = head_convs(pool(pyramid, rois, 7), state, "roi_head.bbox_head.shared_convs")
+    x = linear(x.flatten(1), state, "roi_head.bbox_head.shared_fcs.0").relu()
+    deltas = linear(x, state, "roi_head.bbox_head.fc_reg").view(len(x), -1, 4)
+    return linear(x, state, "roi_head.bbox_head.fc_cls"), deltas
+
+
+def mask_head(pyramid, rois, state):
+    x = head_convs(pool(pyramid, rois, 14), state, "roi_head.mask_head.convs")
+    name = "roi_head.mask_head.upsample"
+    x = F.conv_transpose2d(x, state[f"{name}.weight"], state[f"{name}.bias"], stride=2).relu()
+    return conv(x, state, "roi_head.mask_head.conv_logits")
+
+
 def detect(image, state, num_proposals=1000):
     """
     (3, H, W) RGB image of 0..255 -> {"features", "boxes" (N, 4), "scores", "classes", "masks"},
@@ -128,10 +148,8 @@ def detect(image, state, num_proposals=1000):
     size = image.shape[-2:]
     pyramid = features(image, state)
     rois = proposals(pyramid, state, size, num_proposals)
-    x = head_convs(pool(pyramid, rois, 7), state, "roi_head.bbox_head.shared_convs")
-    x = linear(x.flatten(1), state, "roi_head.bbox_head.shared_fcs.0").relu()
-    scores = linear(x, state, "roi_head.bbox_head.fc_cls").softmax(dim=1)[:, :-1]
-    deltas = linear(x, state, "roi_head.bbox_head.fc_reg").view(len(x), -1, 4)
+    scores, deltas = box_heads(pyramid, rois, state)
+    scores = scores.softmax(dim=1)[:, :-1]
     boxes = decode(rois, deltas * torch.tensor([0.1, 0.1, 0.2, 0.2]), size)
     roi, classes = (scores > 0.05).nonzero(as_tuple=True)
     boxes, scores = boxes[roi, classes], scores[roi, classes]
@@ -139,9 +157,71 @@ def detect(image, state, num_proposals=1000):
     boxes, scores, classes = boxes[keep], scores[keep], classes[keep]
     out = {"features": pyramid, "boxes": boxes, "scores": scores, "classes": classes}
     if "roi_head.mask_head.conv_logits.weight" in state:
-        x = head_convs(pool(pyramid, boxes, 14), state, "roi_head.mask_head.convs")
-        name = "roi_head.mask_head.upsample"
-        x = F.conv_transpose2d(x, state[f"{name}.weight"], state[f"{name}.bias"], stride=2).relu()
-        masks = conv(x, state, "roi_head.mask_head.conv_logits").sigmoid()
+        masks = mask_head(pyramid, boxes, state).sigmoid()
         out["masks"] = masks[torch.arange(len(classes)), classes]
+    return out
+
+
+def encode(boxes, targets):
+    """(N, 4) and (N, 4) XYXY boxes -> (N, 4) deltas"""
+    size, own = boxes[:, 2:] - boxes[:, :2], targets[:, 2:] - targets[:, :2]
+    shift = (targets[:, 2:] + targets[:, :2] - boxes[:, 2:] - boxes[:, :2]) / 2
+    return torch.cat([shift / size, (own / size).log()], dim=1)
+
+
+def assign_anchors(iou, min_pos_iou):
+    """
+    MMDetection's MaxIoUAssigner with 0.7 and 0.3 for the (M, N) IoU of objects and anchors: the
+    number of the object of each anchor, -1 for background, -2 for those that are left out. Without
+    `min_pos_iou` Detectron2's rule, by which an anchor keeps the object that it overlaps most.
+    """
+    columns = iou.T.tolist()
+    own = [column.index(max(column)) for column in columns]
+    assigned = [
+        i if max(column) >= 0.7 else -1 if max(column) < 0.3 else -2
+        for i, column in zip(own, columns)
+    ]
+    for number, row in enumerate(iou.tolist()):
+        for anchor, overlap in enumerate(row):
+            if overlap == max(row) >= min_pos_iou:
+                assigned[anchor] = number if min_pos_iou else own[anchor]
+    return torch.tensor(assigned)
+
+
+def losses(image, state, boxes, classes, masks, min_pos_iou, num_proposals):
+    """
+    The losses of all anchors and all proposals of an image, none left out by sampling.
+
+    (3, H, W) RGB image of 0..255, (M, 4) boxes, (M) classes, (M, H, W) masks.
+    """
+    size = image.shape[-2:]
+    pyramid = features(image, state)
+    anchors, scores, deltas = (torch.cat(parts) for parts in zip(*rpn(pyramid, state)))
+    assigned = assign_anchors(box_iou(boxes, anchors), min_pos_iou)
+    positive, used = assigned >= 0, assigned >= -1
+    targets = encode(anchors[positive], boxes[assigned[positive]])
+    out = {
+        "loss_rpn_cls": F.binary_cross_entropy_with_logits(scores[used], positive[used].float()),
+        "loss_rpn_loc": (deltas[positive, 0] - targets).abs().sum() / used.sum(),
+    }
+    rois = torch.cat([proposals(pyramid, state, size, num_proposals, 2000), boxes])
+    best, assigned = box_iou(boxes, rois).max(dim=0)
+    positive = best >= 0.5
+    own = assigned[positive]
+    labels = torch.full((len(rois),), 80)
+    labels[positive] = classes[own]
+    scores, deltas = box_heads(pyramid, rois, state)
+    targets = encode(rois[positive], boxes[own]) / torch.tensor([0.1, 0.1, 0.2, 0.2])
+    deltas = deltas[positive, labels[positive]]
+    out["loss_cls"] = F.cross_entropy(scores, labels)
+    out["loss_box_reg"] = (deltas - targets).abs().sum() / len(rois)
+    logits = mask_head(pyramid, rois[positive], state)[torch.arange(len(own)), labels[positive]]
+    crops = roi_align(
+        masks[own, None].float(),
+        torch.cat([torch.arange(len(own))[:, None], rois[positive]], dim=1),
+        28,
+        sampling_ratio=-1,
+        aligned=True,
+    )
+    out["loss_mask"] = F.binary_cross_entropy_with_logits(logits, (crops[:, 0] >= 0.5).float())
     return out

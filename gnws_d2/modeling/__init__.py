@@ -4,10 +4,13 @@ from .backbone import (
     checkpoint_activations,
 )
 from .roi_heads import FastRCNNConvFCGNWSHead, MaskRCNNConvUpsampleGNWSHead
+from .rpn import MinQualityMatcher, MinQualityRPN
 
 __all__ = [
     "FastRCNNConvFCGNWSHead",
     "MaskRCNNConvUpsampleGNWSHead",
+    "MinQualityMatcher",
+    "MinQualityRPN",
     "build_resnet_gnws_backbone",
     "build_resnet_gnws_fpn_backbone",
     "checkpoint_activations",
