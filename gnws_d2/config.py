@@ -62,6 +62,9 @@ def add_gnws_config(cfg: CfgNode) -> None:
     cfg.SOLVER.ACCUMULATE_STEPS = 1
     # The precision of SOLVER.AMP: "float16", with a gradient scaler, or "bfloat16".
     cfg.SOLVER.AMP.PRECISION = "float16"
+    # The decay of an exponential moving average of the weights (Tarvainen and Valpola, 2017), which
+    # is evaluated, and saved as the model; 0 for none.
+    cfg.SOLVER.EMA_DECAY = 0.0
     # Stop after this number of evaluations without a better AP; 0 for never.
     cfg.SOLVER.PATIENCE = 0
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from ..layers import WSConv2d, fold_for_inference
 from ..utils.errors import UserError
@@ -33,6 +34,7 @@ class GNWSCheckpointer(DetectionCheckpointer):
         strict: bool = False,
         classes: dict[Any, str] | None = None,
         config: str = "",
+        averaged: AveragedModel | None = None,
         **kwargs: Any,
     ):
         """
@@ -40,9 +42,12 @@ class GNWSCheckpointer(DetectionCheckpointer):
             classes: class names by category id, in Detectron2's order; by default, taken from
                 the checkpoint that is loaded.
             config: the config to save, as YAML.
+            averaged: an average of the weights to save as the model. Those of the model itself are
+                saved beside it, and a resumed training continues with them.
         """
         super().__init__(*args, **kwargs)
         self.strict, self.classes, self.config = strict, classes, config
+        self.averaged = averaged
         self.last_saved = ""  # the name of a file
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -51,6 +56,8 @@ class GNWSCheckpointer(DetectionCheckpointer):
             return
         data = {key: obj.state_dict() for key, obj in self.checkpointables.items()} | kwargs
         data |= {"model": self.model.state_dict(), "weight_standardization": self._standardized()}
+        if self.averaged is not None:
+            data["trained_model"], data["model"] = data["model"], self.averaged.module.state_dict()
         data |= {k: v for k, v in {"classes": self.classes, "config": self.config}.items() if v}
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
@@ -85,7 +92,13 @@ class GNWSCheckpointer(DetectionCheckpointer):
             raise UserError("MODEL.WEIGHTS is empty: name the checkpoint to use.")
         self._path, self._resume = path, resume
         self._parsed_url_during_load = None  # Detectron2 leaves it set after an error
-        return super().load(path and find_checkpoint(path), *args, **kwargs)
+        checkpoint = super().load(path and find_checkpoint(path), *args, **kwargs)
+        if self.averaged is not None:
+            self.averaged.module.load_state_dict(self.model.state_dict())
+            self.averaged.n_averaged.fill_(1)  # or the next update would be a copy
+        if resume and "trained_model" in checkpoint:
+            self.model.load_state_dict(checkpoint.pop("trained_model"))
+        return checkpoint
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         return load_checkpoint(filename)

@@ -24,6 +24,10 @@ def check_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     check_device(cfg)
     check_choice("INPUT.ON_BAD_IMAGE", cfg.INPUT.ON_BAD_IMAGE, ("stop", "skip"))
     check_choice("SOLVER.ON_NON_FINITE", cfg.SOLVER.ON_NON_FINITE, ("stop", "skip"))
+    if not 0 <= cfg.SOLVER.EMA_DECAY < 1:
+        raise UserError(
+            f"SOLVER.EMA_DECAY is {cfg.SOLVER.EMA_DECAY}: set it to 0, or to less than 1."
+        )
     _check_workers(cfg, args)
     if cfg.WANDB.PROJECT and not args.eval_only and importlib.util.find_spec("wandb") is None:
         raise UserError(

@@ -16,6 +16,7 @@ from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..checkpoint import GNWSCheckpointer
 from ..checkpoint.files import THRESHOLD_FILE
@@ -62,6 +63,9 @@ class Trainer(DefaultTrainer):
             checkpoint_activations(model.backbone)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
+        self.averaged: AveragedModel | None = None
+        if decay := cfg.SOLVER.EMA_DECAY:
+            self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
         ddp_args: dict[str, Any] = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
         model = create_ddp_model(model, broadcast_buffers=False, **ddp_args)
         self.checkpointer = GNWSCheckpointer(
@@ -69,6 +73,7 @@ class Trainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             classes=dataset_classes(cfg.DATASETS.TRAIN[0]),
             config=config,
+            averaged=self.averaged,
             trainer=weakref.proxy(self),
         )
         self._trainer = FiniteTrainer(
@@ -113,10 +118,11 @@ class Trainer(DefaultTrainer):
         return [*ret, InterruptedEvaluation(evaluation, best)]
 
     def _evaluate(self) -> dict[str, Any]:
-        self._last_eval_results = self.test(self.cfg, self.model)
+        model: Any = self.averaged or self.model
+        model = getattr(model, "module", model)  # of DistributedDataParallel or AveragedModel
+        self._last_eval_results = self.test(self.cfg, model)
         if not self.cfg.TEST.VALIDATION_LOSS:
             return self._last_eval_results
-        model: Any = getattr(self.model, "module", self.model)  # of DistributedDataParallel
         return {**self._last_eval_results, **validation_loss(self.cfg, model)}
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -189,6 +195,9 @@ class Trainer(DefaultTrainer):
         # So that the sampled proposals do not depend on where a run started.
         torch.manual_seed(derive_seed(self.data_loader.seed, comm.get_rank(), self.iter))
         super().run_step()
+        if self.averaged is not None:
+            model: Any = self.model
+            self.averaged.update_parameters(getattr(model, "module", model))
 
     @classmethod
     def test(

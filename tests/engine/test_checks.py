@@ -57,6 +57,7 @@ def fails(monkeypatch, capsys, tmp_path, launched):
 @pytest.mark.parametrize(
     "args, message",
     [
+        ("SOLVER.EMA_DECAY 1.0", "SOLVER.EMA_DECAY is 1.0: set it to 0, or to less than 1.$"),
         ("SOLVER.MAXITER 3", "no key SOLVER.MAXITER, did you mean SOLVER.MAX_ITER.$"),
         ("NOTHING.LIKE 3", "no key NOTHING.LIKE.$"),
         ("SOLVER.MAX_ITER many", "SOLVER.MAX_ITER"),
