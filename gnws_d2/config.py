@@ -70,6 +70,9 @@ def add_gnws_config(cfg: CfgNode) -> None:
 
     # Whether each evaluation of TEST.EVAL_PERIOD also computes the losses on DATASETS.TEST.
     cfg.TEST.VALIDATION_LOSS = False
+    # The share of the time of the iterations that evaluations may take; 0 for any. After the first
+    # evaluation TEST.EVAL_PERIOD is multiplied accordingly. The last is always made.
+    cfg.TEST.MAX_TIME_SHARE = 0.0
     # A file of predictions in COCO's results format, such as inference/coco_instances_results.json
     # in OUTPUT_DIR, that --eval-only evaluates instead of a model.
     cfg.TEST.PREDICTIONS = ""

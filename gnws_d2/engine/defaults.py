@@ -102,14 +102,16 @@ class Trainer(DefaultTrainer):
             if not isinstance(hook, hooks.EvalHook):
                 ret.append(hook)
                 continue
-            evaluation, best = EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate), None
+            share = cfg.TEST.MAX_TIME_SHARE
+            evaluation = EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate, max_share=share)
+            best = None
             ret += [StopOnSignal(), evaluation]
             if cfg.TEST.EVAL_PERIOD and cfg.DATASETS.TEST:
                 metric = "segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP"
                 if len(cfg.DATASETS.TEST) > 1:
                     metric = f"{cfg.DATASETS.TEST[0]}/{metric}"
-                period, patience = cfg.TEST.EVAL_PERIOD, cfg.SOLVER.PATIENCE
-                best = BestCheckpointer(period, self.checkpointer, metric, patience=patience)
+                patience = cfg.SOLVER.PATIENCE
+                best = BestCheckpointer(evaluation, self.checkpointer, metric, patience=patience)
                 ret.append(best)
         if comm.is_main_process():
             if cfg.WANDB.PROJECT:

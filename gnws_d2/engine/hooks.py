@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import time
 from typing import Any, NoReturn
 
 import torch
@@ -43,20 +44,47 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
 
 class EvalHook(hooks.EvalHook):
     """
-    Detectron2's hook that stops on a signal between two images. Checkpoints record whether the
-    evaluation after their iteration was still to be done.
+    Detectron2's hook that stops on a signal between two images. With a `max_share`, the period is
+    multiplied after the first evaluation, so that evaluations take that share of the time that the
+    iterations take. Checkpoints record whether the evaluation after their iteration was still to be
+    done.
     """
 
     done = 0  # the number of iterations before the last evaluation
     is_due = False  # whether training begins with an evaluation
 
+    def __init__(self, *args: Any, max_share: float = 0):
+        super().__init__(*args)
+        self._max_share, self._factor = max_share, 0
+        self._start = math.nan
+
+    def before_step(self) -> None:
+        if math.isnan(self._start):
+            self._start = time.perf_counter()
+
     def _do_eval(self) -> None:
+        start = time.perf_counter()
         try:
             super()._do_eval()
             stop_together()
         except Stopped as e:
             _stop(self.trainer, *e.args)
         self.done = min(self.trainer.iter + 1, self.trainer.max_iter)
+        iterations = self.done - self.trainer.start_iter
+        if self._max_share and self._period and not self._factor and iterations:
+            iteration_time = (start - self._start) / iterations
+            self._multiply_period(time.perf_counter() - start, iteration_time)
+
+    def _multiply_period(self, seconds: float, iteration_time: float) -> None:
+        factor = math.ceil(seconds / (self._max_share * self._period * iteration_time))
+        self._factor = comm.all_gather(factor)[0]
+        self._period *= self._factor
+        if self._factor > 1:
+            logging.getLogger(__name__).info(
+                f"The evaluation took {seconds:.1f} s, as long as {seconds / iteration_time:.0f} "
+                f"iterations: from now on, one each {self._period} iterations and at the end "
+                f"(TEST.MAX_TIME_SHARE {self._max_share:g})."
+            )
 
     def after_train(self) -> None:
         try:
@@ -70,10 +98,11 @@ class EvalHook(hooks.EvalHook):
     def state_dict(self) -> dict[str, Any]:
         next_iter = self.trainer.iter + 1
         period = self._period and next_iter % self._period == 0
-        return {"is_due": bool(period and next_iter != self.done)}
+        return {"is_due": bool(period and next_iter != self.done), "factor": self._factor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.is_due = state_dict["is_due"]
+        self.is_due, self._factor = state_dict["is_due"], state_dict.get("factor", 0)
+        self._period *= self._factor or 1
 
 
 class EarlyStop(BaseException):
@@ -85,13 +114,12 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
     best_metric: float | None
 
-    def __init__(self, *args: Any, patience: int = 0):
-        super().__init__(*args)
-        self._patience, self._num_worse = patience, 0
+    def __init__(self, evaluation: EvalHook, *args: Any, patience: int = 0):
+        super().__init__(evaluation._period, *args)
+        self._evaluation, self._patience, self._num_worse = evaluation, patience, 0
 
     def after_step(self) -> None:
-        next_iter = self.trainer.iter + 1
-        if next_iter % self._period == 0 and next_iter != self.trainer.max_iter:
+        if self._evaluation.done == self.trainer.iter + 1 != self.trainer.max_iter:
             self.check()
 
     def check(self) -> None:

@@ -169,6 +169,7 @@ def _schedule(
         Choice("SOLVER.STEPS", steps, "at the same shares as in the recipe"),
         Choice("SOLVER.WARMUP_ITERS", warmup, "at most a tenth"),
         Choice("TEST.EVAL_PERIOD", period, when),
+        Choice("TEST.MAX_TIME_SHARE", 0.1, "or fewer, if evaluations took longer than a tenth"),
         Choice("TEST.VALIDATION_LOSS", True, "at each evaluation"),
         Choice("SOLVER.CHECKPOINT_PERIOD", period, "at each evaluation"),
         Choice("SOLVER.CHECKPOINT_KEEP", 1, "beside the best"),

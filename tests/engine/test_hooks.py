@@ -2,6 +2,7 @@ import contextlib
 import json
 import os
 import signal
+import time
 
 import cv2
 import pytest
@@ -11,7 +12,7 @@ from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.engine import HookBase, TrainerBase
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks
-from detectron2.utils.events import EventStorage, get_event_storage
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from gnws_d2.checkpoint import GNWSCheckpointer
@@ -66,6 +67,20 @@ def stop_on_signal(_):
     return StopOnSignal()
 
 
+def evaluate_each_iteration(aps, **options):
+    """Hooks for the AP of each iteration."""
+
+    def evaluate():
+        trainer = evaluation.trainer
+        return {"bbox": {"AP": aps[min(trainer.iter, trainer.max_iter - 1)]}}
+
+    evaluation = EvalHook(1, evaluate)
+    return [
+        lambda c: evaluation,
+        lambda c: BestCheckpointer(evaluation, c, "bbox/AP", **options),
+    ]
+
+
 def test_newest_checkpoints_are_kept_and_those_from_before_a_resume_count(tmp_path):
     def stop(iteration):
         if iteration == 6:
@@ -100,23 +115,21 @@ def test_damaged_checkpoints_and_those_of_another_run_do_not_count(tmp_path):
 def test_best_checkpoint_is_of_the_best_ap_also_after_a_resume(tmp_path):
     aps = [10.0, 30.0, float("nan"), 20.0, 25.0, 31.0, 5.0]
 
-    def evaluate(iteration):
-        get_event_storage().put_scalar("bbox/AP", aps[iteration])
+    def start():
+        def newest(checkpointer):
+            return PeriodicCheckpointer(checkpointer, 1, max_to_keep=1)
 
-    hooks = [
-        lambda checkpointer: PeriodicCheckpointer(checkpointer, 1, max_to_keep=1),
-        lambda checkpointer: BestCheckpointer(1, checkpointer, "bbox/AP"),
-    ]
+        return Trainer(tmp_path, [newest, *evaluate_each_iteration(aps)])
 
     def best():
         return torch.load(tmp_path / "model_best.pth")["iteration"]
 
-    Trainer(tmp_path, hooks, evaluate).train(0, 4)
+    start().train(0, 4)
     assert best() == 1
-    trainer = Trainer(tmp_path, hooks, evaluate)
+    trainer = start()
     trainer.train(trainer.resume(), 5)
     assert best() == 1
-    trainer = Trainer(tmp_path, hooks, evaluate)
+    trainer = start()
     trainer.train(trainer.resume(), 7)
     assert best() == 5 and names(tmp_path) == ["model_0000006", "model_best", "model_final"]
 
@@ -186,7 +199,7 @@ def evaluating_hooks(tmp_path):
             return made[-1]
 
         def best(checkpointer):
-            made.append(BestCheckpointer(period, checkpointer, "bbox/AP", patience=patience))
+            made.append(BestCheckpointer(made[0], checkpointer, "bbox/AP", patience=patience))
             return made[-1]
 
         made = []
@@ -246,13 +259,8 @@ def test_patience_counts_an_evaluation_that_was_interrupted(tmp_path, evaluating
 @pytest.mark.parametrize("patience, last", [(2, 3), (3, 6)])  # AP improves at the fifth
 def test_training_stops_when_ap_does_not_improve(tmp_path, caplog, patience, last):
     caplog.set_level("INFO")
-
-    def evaluate(iteration):
-        ap = [10, 30, 20, 25, 40, 50][iteration]
-        get_event_storage().put_scalar("bbox/AP", ap, smoothing_hint=False)
-
-    hooks = [lambda c: BestCheckpointer(1, c, "bbox/AP", patience=patience)]
-    trainer = Trainer(tmp_path, hooks, evaluate)
+    hooks = evaluate_each_iteration([10, 30, 20, 25, 40, 50], patience=patience)
+    trainer = Trainer(tmp_path, hooks)
     with pytest.raises(EarlyStop) if last < 6 else contextlib.nullcontext():
         trainer.train(0, 6)
     stopped = f"improved for 2 evaluations: stopping after iteration {last}" in caplog.text
@@ -260,6 +268,51 @@ def test_training_stops_when_ap_does_not_improve(tmp_path, caplog, patience, las
     if stopped:
         assert torch.load(tmp_path / "model_final.pth")["iteration"] == 3
         assert torch.load(tmp_path / "model_best.pth")["iteration"] == 1
+
+
+def test_evaluations_take_their_share_of_the_time_also_after_a_resume(tmp_path, monkeypatch):
+    """An iteration takes 1 s, and an evaluation 3.5 s: a tenth of the time of 35 iterations."""
+    now, seen = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def take(seconds):
+        now[0] += seconds
+
+    def evaluate():
+        seen.append(min(trainer.iter + 1, trainer.max_iter))
+        take(3.5)
+        return {"bbox": {"AP": len(seen)}}
+
+    def start():
+        made = []
+
+        def evaluation(checkpointer):
+            made.append(EvalHook(10, evaluate, max_share=0.1))
+            return made[0]
+
+        def best(checkpointer):
+            made.append(BestCheckpointer(made[0], checkpointer, "bbox/AP"))
+            return made[1]
+
+        hooks = [lambda c: PeriodicCheckpointer(c, 10), evaluation, best]
+        return Trainer(
+            tmp_path, [*hooks, lambda c: InterruptedEvaluation(*made)], lambda _: take(1)
+        )
+
+    trainer = start()
+    trainer.train(0, 95)
+    assert seen == [10, 40, 80, 95]
+    assert torch.load(tmp_path / "model_best.pth")["iteration"] == 94
+    seen.clear()
+    (tmp_path / "last_checkpoint").write_text("model_0000049.pth")
+    trainer = start()
+    trainer.train(trainer.resume(), 125)
+    assert seen == [80, 120, 125]
+    seen.clear()
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")  # before the first evaluation
+    trainer = start()
+    trainer.train(trainer.resume(), 95)
+    assert seen == [10, 20, 40, 80, 95]
 
 
 @pytest.mark.ci
