@@ -8,6 +8,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import VisImage, Visualizer, _create_text_labels
+from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
 
 _MAX_MOVES = 6  # label heights; further away a label would seem to belong to another object
@@ -49,7 +50,22 @@ class LabelVisualizer(Visualizer):
         """See :class:`Visualizer`. Labels without room are left out."""
         sizes = [len(kwargs[k]) for k in ("boxes", "masks") if kwargs.get(k) is not None]
         self._default_font_size *= min(1, max(0.5, math.sqrt(_CROWD / max(1, *sizes))))
+        if (masks := kwargs.pop("masks", None)) is not None:
+            self._draw_masks(masks, kwargs["assigned_colors"], kwargs["alpha"])
         return arrange_labels(super().overlay_instances(**kwargs))
+
+    def _draw_masks(self, masks: Any, colors: list, alpha: float) -> None:
+        """Draw masks at once, the largest first: an untrained model's have thousands of parts."""
+        masks = zip(self._convert_masks(masks), map(to_rgb, colors))
+        masks = sorted(masks, key=lambda mask: -mask[0].area())
+        parts = [(part.reshape(-1, 2), color) for mask, color in masks for part in mask.polygons]
+        polygons = PolyCollection(
+            [part for part, _ in parts],
+            facecolors=[(*color, alpha) for _, color in parts],
+            edgecolors=[color for _, color in parts],
+            linewidths=max(self._default_font_size // 15 * self.output.scale, 1),
+        )
+        self.output.ax.add_collection(polygons, autolim=False)
 
 
 def arrange_labels(output: VisImage) -> VisImage:
