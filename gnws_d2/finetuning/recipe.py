@@ -17,6 +17,7 @@ _COVERED = 0.5  # IoU of a box with its best anchor
 _ENOUGH = 0.9  # share of boxes that are covered, to keep the anchors of the config
 _MIN_ITERATIONS = 500  # with fewer, batches are made smaller
 _MAX_EVALUATIONS = 30
+_EMA_SHARE = 20  # of the iterations, that the average of the weights is mostly of
 
 
 class Choice(NamedTuple):
@@ -55,6 +56,7 @@ def derive_recipe(
         Choice("INPUT.MIN_SIZE_TEST", edge, reason),
         Choice("INPUT.MAX_SIZE_TRAIN", max_size, "the longest edge at that size"),
         Choice("INPUT.MAX_SIZE_TEST", max_size, "the longest edge at that size"),
+        Choice("MODEL.RPN.MIN_LOW_QUALITY_IOU", 0.0, "small objects have an anchor, too"),
         *_choose_anchors(cfg, boxes.reshape(-1, 2)),
         *_raise_limits(cfg, max(counts.values(), default=0)),
         *_schedule(cfg, len(train["images"]), epochs, images_at_once, num_processes),
@@ -160,6 +162,7 @@ def _schedule(
     drops = {round(step / solver.MAX_ITER * iterations) for step in solver.STEPS}
     steps = tuple(sorted(s for s in drops if 0 < s < iterations))
     warmup = min(solver.WARMUP_ITERS, iterations // 10)
+    decay = round(1 - _EMA_SHARE / max(iterations, 2 * _EMA_SHARE), 5)
     return [
         Choice("SOLVER.REFERENCE_WORLD_SIZE", 0, "the numbers below are used as they are"),
         Choice("SOLVER.IMS_PER_BATCH", batch, reason),
@@ -168,6 +171,7 @@ def _schedule(
         Choice("SOLVER.MAX_ITER", iterations, f"{epochs} epochs of {num_images} images"),
         Choice("SOLVER.STEPS", steps, "at the same shares as in the recipe"),
         Choice("SOLVER.WARMUP_ITERS", warmup, "at most a tenth"),
+        Choice("SOLVER.EMA_DECAY", decay, f"of the last 1/{_EMA_SHARE} of the iterations"),
         Choice("TEST.EVAL_PERIOD", period, when),
         Choice("TEST.MAX_TIME_SHARE", 0.1, "or fewer, if evaluations took longer than a tenth"),
         Choice("TEST.VALIDATION_LOSS", True, "at each evaluation"),

@@ -57,7 +57,7 @@ class LabelVisualizer(Visualizer):
     def _draw_masks(self, masks: Any, colors: list, alpha: float) -> None:
         """Draw masks at once, the largest first: an untrained model's have thousands of parts."""
         masks = zip(self._convert_masks(masks), map(to_rgb, colors))
-        masks = sorted(masks, key=lambda mask: -mask[0].area())
+        masks = sorted(masks, key=lambda mask: mask[0].area(), reverse=True)
         parts = [(part.reshape(-1, 2), color) for mask, color in masks for part in mask.polygons]
         polygons = PolyCollection(
             [part for part, _ in parts],
