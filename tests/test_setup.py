@@ -123,7 +123,7 @@ def test_uv_installs_the_tested_versions_with_the_wanted_build_of_pytorch_and_in
     python = setup_env.checkout / ".venv" / "bin" / "python"
     assert run.stdout == f"{python}\n"
     *_, command, index = log.read_text().splitlines()
-    assert command.startswith(f"pip install --python {python} --torch-backend cpu -c ")
+    assert command.startswith(f"pip install --python {python} --torch-backend cpu --compile-bytecode")
     assert command.endswith(f"{environ['DETECTRON2']} -e .[dev]")
     assert index == "https://mirror/simple"
 
