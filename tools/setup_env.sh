@@ -65,7 +65,7 @@ if [ -z "$own" ] && [ -x .venv/bin/python ] && [ "$(cat "$done" 2>/dev/null)" = 
     exit
 fi
 
-# End with the reason of an installation that failed, which is in $log, or else with $1.
+# End with the reason of an installation that failed, which is in $log, or else with "$*".
 explain() {
     local proxy=${HTTPS_PROXY:-${https_proxy:-${ALL_PROXY:-}}} denied
     proxy=${proxy##*@} # without its password
@@ -85,7 +85,8 @@ explain() {
             "cu128 or another that 'uv pip install --help' lists."
     fi
     cat "$log"
-    fail "${1:-the installation failed; the reason is above.}"
+    [ $# -eq 0 ] || fail "$*"
+    fail "the installation failed; the reason is above."
 }
 
 # Its Python may be gone since, or an interrupted set-up may have made half of it.
@@ -128,11 +129,12 @@ else
     grep -v '^detectron2' requirements.txt >"$versions"
     if ! usable; then
         if [ -n "$uv" ]; then
-            "$uv" venv -q --clear --python "$(command -v "$python")" .venv
+            "$uv" venv -q --clear --python "$(command -v "$python")" .venv 2>"$log" || explain
         else
-            "$python" -m venv --clear .venv
-        fi 2>"$log" || explain "'$python' cannot make a virtual environment: it needs its module \
-venv (on Debian and Ubuntu, apt-get install python3-venv) or uv."
+            "$python" -m venv --clear .venv 2>"$log" ||
+                explain "'$python' cannot make a virtual environment: it needs its module venv (on" \
+                    "Debian and Ubuntu, apt-get install python3-venv) or uv."
+        fi
     fi
     python=$PWD/.venv/bin/python
     if [ -z "$uv" ]; then
