@@ -1,5 +1,6 @@
 """The set-up says exactly what is wrong, and leaves an installed Detectron2 alone."""
 
+import fcntl
 import importlib.metadata
 import os
 import re
@@ -12,6 +13,7 @@ import tarfile
 import time
 import venv
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from conftest import ROOT
 CLOSED = "http://127.0.0.1:9"
 # Stands for uv: it makes environments, and writes down what it is asked to install.
 FAKE_UV = """#!/usr/bin/env bash
-[ "$1" != venv ] || exec {python} -m venv --without-pip .venv
+[ "$1" != venv ] || exec {python} -m venv --without-pip "$3" .venv
 echo "$*" >> {log}
 echo "$UV_DEFAULT_INDEX" >> {log}
 [ ! -f {error} ] || {{ cat {error} >&2; exit 1; }}
@@ -123,7 +125,9 @@ def test_uv_installs_the_tested_versions_with_the_wanted_build_of_pytorch_and_in
     python = setup_env.checkout / ".venv" / "bin" / "python"
     assert run.stdout == f"{python}\n"
     *_, command, index = log.read_text().splitlines()
-    assert command.startswith(f"pip install --python {python} --torch-backend cpu -c ")
+    assert command.startswith(
+        f"pip install --python {python} --torch-backend cpu --compile-bytecode"
+    )
     assert command.endswith(f"{environ['DETECTRON2']} -e .[dev]")
     assert index == "https://mirror/simple"
 
@@ -149,6 +153,45 @@ def test_second_set_up_installs_nothing_unless_versions_or_extras_changed(setup_
     )
 
 
+def test_environment_that_is_broken_is_repaired(setup_env, fake_uv):
+    environ, log, _ = fake_uv
+    assert setup_env(**environ).returncode == 0
+    python = setup_env.checkout / ".venv" / "bin" / "python"
+    site_packages = Path(sysconfig.get_path("purelib", vars={"base": str(python.parents[1])}))
+    # As uv leaves packages when it is killed.
+    (site_packages / "whole.py").touch()
+    records = {"whole": ["whole.py"], "half": ["whole.py", "missing.py"], "empty": []}
+    for name, files in records.items():
+        info = site_packages / f"{name}-1.0.dist-info"
+        info.mkdir()
+        for file in files:
+            with open(info / "RECORD", "a") as f:
+                f.write(f"{file},sha256=0,0\n{file}c,,\n")
+    assert setup_env("dev", **environ).returncode == 0
+    assert [path.name for path in site_packages.glob("*.dist-info")] == ["whole-1.0.dist-info"]
+
+    # The Python that it was made with is gone.
+    python.unlink()
+    python.symlink_to("/no/such/python")
+    log.write_text("")
+    assert setup_env("dev", **environ).returncode == 0
+    assert "-e .[dev]" in log.read_text() and python.exists()
+
+
+def test_set_up_waits_for_another_one(setup_env, fake_uv):
+    environ, log, _ = fake_uv
+    with open(setup_env.checkout / "setup.py") as file, ThreadPoolExecutor() as pool:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        waiting = pool.submit(setup_env, **environ)
+        time.sleep(1)
+        installed = log.exists()
+        fcntl.flock(file, fcntl.LOCK_UN)
+        run = waiting.result()
+    assert not installed and log.exists()
+    assert run.returncode == 0
+    assert run.stderr.startswith("Another set-up of this directory is running. Waiting for it ...")
+
+
 def test_activated_environment_of_a_linked_checkout_is_its_own(setup_env, fake_uv, tmp_path):
     environ, log, _ = fake_uv
     assert setup_env(**environ).returncode == 0
@@ -170,6 +213,14 @@ def test_activated_environment_of_a_linked_checkout_is_its_own(setup_env, fake_u
         (
             "error sending request for url (https://x/simple/)",
             "the package index cannot be reached",
+        ),
+        (
+            "client error (Connect)\n  cause: invalid peer certificate: UnknownIssuer",
+            "the certificate of the package index is not trusted here",
+        ),
+        (
+            "  cause: failed to create directory `/a`: Read-only file system (os error 30)",
+            "a directory cannot be written to: failed to create directory `/a`: Read-only file",
         ),
         ("invalid value 'x' for '--torch-backend'", "TORCH_BACKEND=cpu is not a build of PyTorch"),
         ("something else", "the installation failed; the reason is above"),

@@ -8,6 +8,7 @@
 #                        git+https://MIRROR/detectron2.git (default: see tools/detectron2_wheel.py)
 #   TORCH_BACKEND=cpu    the build of PyTorch, for uv's --torch-backend: cpu, cu128, auto, ...
 #                        (default: that of the package index)
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh
 set -euo pipefail
 exec 3>&1 1>&2 # stdout is for the one line at the end
 
@@ -41,23 +42,41 @@ done=.venv/.set_up/extras-$extras
 state=$(cat setup.py requirements.txt | cksum)
 own=$(detectron2_version "$python" || true) # of the user's own environment, which is used as it is
 [ ! "$("$python" -c 'import sys; print(sys.prefix)')" -ef .venv ] || own= # activated
+if [ -z "$own" ]; then # one at a time, until this one ends
+    exec 9<setup.py
+    "$python" - 2>/dev/null <<'END' || true # there are file systems without locks
+import fcntl
+
+try:
+    fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    print("Another set-up of this directory is running. Waiting for it ...", flush=True)
+    fcntl.flock(9, fcntl.LOCK_EX)
+END
+fi
 if [ -z "$own" ] && [ -f .venv/.set_up/variables ]; then
     for name in DETECTRON2 PYTHON TORCH_BACKEND; do
         [ -z "${!name:-}" ] || grep -qxF "$name=${!name}" .venv/.set_up/variables ||
             echo "$name=${!name} is ignored, as .venv is set up already: delete it to set up anew."
     done
 fi
-if [ -z "$own" ] && [ "$(cat "$done" 2>/dev/null)" = "$state" ]; then
+if [ -z "$own" ] && [ -x .venv/bin/python ] && [ "$(cat "$done" 2>/dev/null)" = "$state" ]; then
     echo "$PWD/.venv/bin/python" >&3
     exit
 fi
 
-# End with the reason of an installation that failed, which is in $log.
+# End with the reason of an installation that failed, which is in $log, or else with "$*".
 explain() {
-    local proxy=${HTTPS_PROXY:-${https_proxy:-${ALL_PROXY:-}}}
+    local proxy=${HTTPS_PROXY:-${https_proxy:-${ALL_PROXY:-}}} denied
     proxy=${proxy##*@} # without its password
+    denied=$(sed -nE 's/^( *cause: )?(.*(Read-only file|[Pp]ermission denied).*)/\2/p' "$log" | tail -n 1)
     if grep -qiE 'no space left|disk quota' "$log"; then
         fail "the disk is full: the environment takes 6 GB."
+    elif [ -n "$denied" ]; then
+        fail "a directory cannot be written to: $denied."
+    elif grep -qi certificate "$log"; then
+        fail "the certificate of the package index is not trusted here: set SSL_CERT_FILE and PIP_CERT" \
+            "to the file with the certificates of your network."
     elif grep -qiE 'connect|error sending request|timed out' "$log"; then
         fail "the package index cannot be reached: check the network${proxy:+ and the proxy $proxy}, or" \
             "set PIP_INDEX_URL to the address of a mirror."
@@ -66,7 +85,29 @@ explain() {
             "cu128 or another that 'uv pip install --help' lists."
     fi
     cat "$log"
+    [ $# -eq 0 ] || fail "$*"
     fail "the installation failed; the reason is above."
+}
+
+# Its Python may be gone since, or an interrupted set-up may have made half of it.
+usable() {
+    .venv/bin/python -c '' &&
+        { [ -n "$uv" ] || .venv/bin/uv --version || .venv/bin/python -m pip --version; }
+} >/dev/null 2>&1
+
+# Where uv was killed or the disk was full, it takes packages for installed that lack files.
+forget_half_installed() {
+    "$python" - <<'END'
+import csv, shutil, sysconfig
+from pathlib import Path
+
+site = Path(sysconfig.get_path("purelib"))
+for info in site.glob("*.dist-info"):
+    record = info / "RECORD"
+    rows = list(csv.reader(record.read_text().splitlines())) if record.is_file() else []
+    if not rows or not all((site / file).exists() for file, sha256, _ in rows if sha256):
+        shutil.rmtree(info)
+END
 }
 
 temporary=$(mktemp -d)
@@ -86,20 +127,22 @@ if [ -n "$own" ]; then
     { [ -n "$uv" ] && "$uv" pip show -q --python "$python" detectron2 2>/dev/null; } || uv=
 else
     grep -v '^detectron2' requirements.txt >"$versions"
-    if [ ! -x .venv/bin/python ]; then
+    if ! usable; then
         if [ -n "$uv" ]; then
-            "$uv" venv -q --python "$(command -v "$python")" .venv
+            "$uv" venv -q --clear --python "$(command -v "$python")" .venv 2>"$log" || explain
         else
-            "$python" -m venv .venv
-        fi || {
-            rm -rf .venv
-            fail "'$python' cannot make a virtual environment: it needs its module venv (on Debian" \
-                "and Ubuntu, apt-get install python3-venv) or uv."
-        }
+            "$python" -m venv --clear .venv 2>"$log" ||
+                explain "'$python' cannot make a virtual environment: it needs its module venv (on" \
+                    "Debian and Ubuntu, apt-get install python3-venv) or uv."
+        fi
     fi
     python=$PWD/.venv/bin/python
-    uv=${uv:-$PWD/.venv/bin/uv}
-    [ -x "$uv" ] || "$python" -m pip install -q --disable-pip-version-check uv 2>"$log" || explain
+    if [ -z "$uv" ]; then
+        uv=$PWD/.venv/bin/uv
+        "$uv" --version >/dev/null 2>&1 ||
+            "$python" -m pip install -qI --disable-pip-version-check uv 2>"$log" || explain
+    fi
+    forget_half_installed
     version=$(detectron2_version "$python" || true)
 fi
 
