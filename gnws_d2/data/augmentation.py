@@ -101,7 +101,7 @@ class _RandomQuarterTurn(T.Augmentation):
 
 
 class _QuarterTurn(T.RotationTransform):
-    """Without the threads of OpenCV's warpAffine, after which no process can fork workers."""
+    """:class:`RotationTransform` by quarter turns, without its interpolation."""
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
         return np.rot90(img, self.angle // 90)
