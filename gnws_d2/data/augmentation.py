@@ -125,28 +125,27 @@ def paste_objects(record: dict[str, Any], other: dict[str, Any]) -> dict[str, An
     source, target, image = other["instances"], record["instances"], record["image"].clone()
     if not len(source):
         return record
-    size = height, width = image.shape[1:]
-    masks = source.gt_masks.tensor
-    overlap = masks[:, :height, :width]
-    pasted = masks.new_zeros(len(masks), height, width)
-    pasted[:, : overlap.shape[1], : overlap.shape[2]] = overlap
-    (candidates,) = np.nonzero(_visible(pasted, masks).numpy())
+    masks, size = source.gt_masks.tensor.numpy(), tuple(image.shape[1:])  # NumPy is faster here
+    overlap = masks[:, : size[0], : size[1]]
+    height, width = overlap.shape[1:]
+    (candidates,) = np.nonzero(_is_visible(overlap, masks))
     chosen = np.random.permutation(candidates)[: np.random.randint(max(1, len(candidates))) + 1]
-    pasted = pasted[chosen]
-    covered = pasted.any(dim=0)
-    rows, columns = torch.nonzero(covered, as_tuple=True)
-    image[:, rows, columns] = other["image"][:, rows, columns]
-    before = target.gt_masks.tensor if len(target) else pasted[:0]
+    pasted = np.zeros((len(chosen), *size), bool)
+    pasted[:, :height, :width] = overlap[chosen]
+    covered = np.logical_or.reduce(pasted, axis=0)
+    pixels = other["image"].numpy()[:, :height, :width]
+    np.copyto(image.numpy()[:, :height, :width], pixels, where=covered[:height, :width])
+    before = target.gt_masks.tensor.numpy() if len(target) else pasted[:0]
     after = before & ~covered
-    keep = _visible(after, before)
+    keep = _is_visible(after, before)
     instances = Instances(size)
-    instances.gt_masks = BitMasks(torch.cat([after[keep], pasted]))
+    instances.gt_masks = BitMasks(torch.from_numpy(np.concatenate([after[keep], pasted])))
     instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
     instances.gt_classes = torch.cat([target.gt_classes[keep], source.gt_classes[chosen]])
     return {**record, "image": image, "instances": instances}
 
 
-def _visible(after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """Return which masks, (n, H, W) each, are still large enough, as (n,) bool."""
-    areas, full = after.flatten(1).sum(dim=1), before.flatten(1).sum(dim=1)
-    return areas >= (_MIN_VISIBLE * full).clamp(min=1)
+def _is_visible(after: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Return for masks, (n, H, W) each, whether enough of them is left, as (n,) bool."""
+    areas = [(np.count_nonzero(a), np.count_nonzero(b)) for a, b in zip(after, before)]
+    return np.array([a >= max(1, _MIN_VISIBLE * b) for a, b in areas], bool)
