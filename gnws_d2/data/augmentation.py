@@ -74,7 +74,7 @@ def build_augmentation(cfg: CfgNode, augmentations: list[T.Augmentation]) -> lis
         else:
             result.append(augmentation)
     if cfg.INPUT.ANY_ORIENTATION:  # with a flip, all eight orientations
-        result.append(_RandomQuarterTurn())
+        result.append(T.RandomRotation([0, 90, 180, 270], sample_style="choice"))
     return result
 
 
@@ -93,18 +93,6 @@ class _JitteredResize(OpenCVResizeShortestEdge):
 class _RandomSaturationBGR(T.RandomSaturation):
     def get_transform(self, image: np.ndarray) -> T.Transform:
         return super().get_transform(image[:, :, ::-1])  # of which it takes the gray image alone
-
-
-class _RandomQuarterTurn(T.Augmentation):
-    def get_transform(self, image: np.ndarray) -> T.Transform:
-        return _QuarterTurn(*image.shape[:2], angle=90 * np.random.randint(4))
-
-
-class _QuarterTurn(T.RotationTransform):
-    """:class:`RotationTransform` by quarter turns, without its interpolation."""
-
-    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
-        return np.rot90(img, self.angle // 90)
 
 
 def paste_objects(record: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
