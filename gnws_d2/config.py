@@ -49,6 +49,15 @@ def add_gnws_config(cfg: CfgNode) -> None:
     # What training does with an image that is missing, damaged or not of the stated size: "stop",
     # or "skip": train on another image instead, log the file once, and count such images.
     cfg.INPUT.ON_BAD_IMAGE = "stop"
+    # What training changes at random in images. "none": Detectron2's resize and flip, as published.
+    # "light": also their colors, and their scale by 0.8 to 1.25. "strong": large-scale jitter, 0.1
+    # to 2.0, in squares of INPUT.MAX_SIZE_TRAIN.
+    cfg.INPUT.AUGMENTATION = "none"
+    # The probability that objects of another training image are pasted onto an image.
+    cfg.INPUT.COPY_PASTE = 0.0
+    # Whether images are also turned by 0, 90, 180 or 270 degrees, for data without an upright
+    # orientation.
+    cfg.INPUT.ANY_ORIENTATION = False
 
     # How many of the newest checkpoints of SOLVER.CHECKPOINT_PERIOD to keep; 0 for all. With a
     # TEST.EVAL_PERIOD the one with the best AP is kept as well, as model_best.pth.

@@ -144,6 +144,13 @@ def finetune(parser: ArgumentParser) -> None:
     _add_number(parser, "--batch-size", 2, "images in memory at once, per process")
     _add_number(parser, "--num-gpus", 1, "GPUs, or processes with MODEL.DEVICE cpu")
     _add_number(parser, "--patience", 0, "stop after N evaluations without a better AP; 0: never")
+    text = (
+        "random changes of training images: of color and scale (light), or large-scale jitter and "
+    )
+    text += "objects pasted from other images (strong) (default: none)"
+    add("--augment", choices=["none", "light", "strong"], help=text)
+    text = "also turn training images by quarter turns, as for microscopy and aerial images"
+    add("--any-orientation", action="store_true", help=text)
     add("--resume", action="store_true", help="continue the run in --output")
     text = "stop before the training: write the data and the config, and a page to look at the data"
     add("--dry-run", action="store_true", help=text)

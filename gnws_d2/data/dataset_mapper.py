@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ..config import check_choice
 from ..utils.errors import UserError
+from .augmentation import build_augmentation
 from .transforms import OpenCVResizeShortestEdge
 
 # Suffixes of the files in a directory that are read as images.
@@ -128,6 +129,10 @@ class OpenCVDatasetMapper(DatasetMapper):
             else aug
             for aug in ret["augmentations"]
         ]
+        if is_train:
+            ret["augmentations"] = build_augmentation(cfg, ret["augmentations"])
+            if cfg.INPUT.AUGMENTATION == "strong":  # which crops, as INPUT.CROP does
+                ret["recompute_boxes"] = cfg.MODEL.MASK_ON
         return ret
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -161,30 +166,48 @@ class OpenCVDatasetMapper(DatasetMapper):
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: T.Transform, image_shape: tuple[int, int]
     ) -> None:
-        if not self.use_instance_mask or self.instance_mask_format != "bitmask":
-            return super()._transform_annotations(dataset_dict, transforms, image_shape)
-        # The same masks as Detectron2's, without its slow transposition and any() of masks.
+        # The same as Detectron2's, without its slow transposition and any() of masks, and also for
+        # an image without objects, whose boxes it cannot recompute.
+        bitmask = self.instance_mask_format == "bitmask"
         annotations = []
         for annotation in dataset_dict.pop("annotations"):
             if annotation.get("iscrowd", 0) != 0:
                 continue
+            if not self.use_instance_mask:
+                annotation.pop("segmentation", None)
             if not self.use_keypoint:
                 annotation.pop("keypoints", None)
+            polygons = annotation.get("segmentation")
+            if rasterize := bitmask and isinstance(polygons, list):
+                # pycocotools cuts them at the edges of the image. Detectron2 cuts them by Shapely,
+                # which may be missing, and leaves out parts of polygons that cross themselves.
+                polygons = annotation.pop("segmentation")
             annotation = utils.transform_instance_annotations(
                 annotation,
                 transforms,
                 image_shape,
                 keypoint_hflip_indices=self.keypoint_hflip_indices,
             )
-            polygons = annotation.get("segmentation")
-            if isinstance(polygons, list) and polygons:
-                rle = mask_util.merge(mask_util.frPyObjects(polygons, *image_shape))
-                annotation["segmentation"] = cv2.transpose(mask_util.decode(rle).T).view(bool)
+            if rasterize:
+                points = [transforms.apply_coords(np.asarray(p).reshape(-1, 2)) for p in polygons]
+                annotation["segmentation"] = _rasterize([p.ravel() for p in points], image_shape)
             annotations.append(annotation)
-        instances = utils.annotations_to_instances(annotations, image_shape, "bitmask")
-        if self.recompute_boxes:
+        instances = utils.annotations_to_instances(
+            annotations, image_shape, self.instance_mask_format
+        )
+        has_masks = instances.has("gt_masks")
+        if self.recompute_boxes and has_masks:
             instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
         keep = instances.gt_boxes.nonempty(threshold=1e-5)
-        if instances.has("gt_masks"):
+        if has_masks and bitmask:
             keep &= torch.tensor([mask.any() for mask in instances.gt_masks.tensor.numpy()])
+        elif has_masks:
+            keep &= instances.gt_masks.nonempty()
         dataset_dict["instances"] = instances if keep.all() else instances[keep]
+
+
+def _rasterize(polygons: list[np.ndarray], image_shape: tuple[int, int]) -> np.ndarray:
+    if not polygons:
+        return np.zeros(image_shape, bool)
+    rle = mask_util.merge(mask_util.frPyObjects(polygons, *image_shape))
+    return cv2.transpose(mask_util.decode(rle).T).view(bool)

@@ -18,6 +18,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..utils.errors import UserError
+from .augmentation import paste_objects
 from .dataset_mapper import BadImageError
 from .workers import iterate
 
@@ -49,6 +50,7 @@ class TrainLoader:
         num_workers: int,
         seed: int,
         on_bad_image: str = "stop",
+        copy_paste: float = 0.0,
     ):
         """
         Args:
@@ -60,10 +62,11 @@ class TrainLoader:
             seed: seed of the order of the images and of the augmentation.
             on_bad_image: ``INPUT.ON_BAD_IMAGE``: "skip" replaces an image for which the mapper
                 raises :class:`BadImageError` by another one.
+            copy_paste: ``INPUT.COPY_PASTE``: the probability of :func:`paste_objects`.
         """
         self.seed = seed
         self.num_bad_images = 0  # in this process, repetitions included
-        self._dataset = _SeededDataset(dataset, mapper, on_bad_image)
+        self._dataset = _SeededDataset(dataset, mapper, on_bad_image, copy_paste)
         self._sampler: Any = sampler
         records = (dataset[i] for i in range(len(dataset)))
         self._groups = [
@@ -153,8 +156,9 @@ class TrainLoader:
 class _SeededDataset(Dataset):
     """Maps each image with `random` and `np.random` seeded by its position in the stream."""
 
-    def __init__(self, dataset: Any, mapper: Callable, on_bad_image: str):
+    def __init__(self, dataset: Any, mapper: Callable, on_bad_image: str, copy_paste: float):
         self.dataset, self.mapper, self.skip = dataset, mapper, on_bad_image == "skip"
+        self.copy_paste = copy_paste
         self.seed = 0
         self.indices: Sequence[int] = range(len(dataset))  # of the images to train on
 
@@ -165,7 +169,12 @@ class _SeededDataset(Dataset):
         random.seed(seed)
         np.random.seed(seed)
         try:
-            return self._map(index)
+            record = self._map(index)
+            if random.random() >= self.copy_paste:
+                return record
+            other = self._map(random.choice(self.indices), record.get("bad_images", ()))
+            record = paste_objects(record, other)
+            return {**record, "bad_images": other.get("bad_images", ())}
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
@@ -201,5 +210,6 @@ def build_train_loader(cfg: CfgNode, mapper: Callable) -> TrainLoader:
         batch_size=parts.pop("total_batch_size") // comm.get_world_size(),
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         on_bad_image=cfg.INPUT.ON_BAD_IMAGE,
+        copy_paste=cfg.INPUT.COPY_PASTE,
         **parts,
     )

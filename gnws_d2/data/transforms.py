@@ -25,6 +25,14 @@ class OpenCVResizeTransform(T.ResizeTransform):
         return cv2.resize(img, (self.new_w, self.new_h), interpolation=cv2.INTER_LINEAR)
 
 
+class OpenCVResizeScale(T.ResizeScale):
+    """:class:`ResizeScale` with :class:`OpenCVResizeTransform`."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        t = super().get_transform(image)
+        return OpenCVResizeTransform(t.h, t.w, max(1, t.new_h), max(1, t.new_w))
+
+
 class OpenCVResizeShortestEdge(T.ResizeShortestEdge):
     """:class:`ResizeShortestEdge` with :class:`OpenCVResizeTransform`."""
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from typing import Any
 
+import cv2
 from torch.utils.data import DataLoader
 
 from ..utils.process import end_with_parent
@@ -38,9 +39,14 @@ def iterate(loader: DataLoader) -> Iterator[Any]:
     if _CAN_BLOCK and (method or multiprocessing.get_start_method()) != "fork":
         resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS) if _CAN_BLOCK else None
+    num_threads = cv2.getNumThreads()
+    if loader.num_workers > 0:
+        # A forked worker would wait forever for the end of OpenCV's threads, which it lacks.
+        cv2.setNumThreads(1)
     try:
         batches = iter(loader)
     finally:
+        cv2.setNumThreads(num_threads)
         if mask is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     yield from batches

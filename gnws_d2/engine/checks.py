@@ -14,6 +14,7 @@ from detectron2.utils.file_io import PathManager
 from ..checkpoint import find_checkpoint
 from ..config import check_choice, check_device
 from ..data import check_datasets
+from ..data.augmentation import check_augmentation
 from ..evaluation import check_evaluators
 from ..utils.compat import LAUNCHES_ON_CPU
 from ..utils.errors import UserError
@@ -36,6 +37,7 @@ def check_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         )
     if not args.eval_only:
         _check_batch_size(cfg, args.num_gpus * args.num_machines)
+        check_augmentation(cfg)
     is_launched = args.num_gpus > 1 and not dist.is_torchelastic_launched()
     if is_launched and cfg.MODEL.DEVICE == "cpu" and not LAUNCHES_ON_CPU:
         raise UserError(

@@ -208,6 +208,7 @@ def validation_loss(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float
     """
     mapper = OpenCVDatasetMapper(cfg, True)
     mapper.augmentations = OpenCVDatasetMapper(cfg, False).augmentations
+    mapper.recompute_boxes = False  # as it is in training for what a crop has cut
     records = get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=False)
     workers = cfg.DATALOADER.NUM_WORKERS
     loader = build_detection_test_loader(records, mapper=mapper, num_workers=workers)

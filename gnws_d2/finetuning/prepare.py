@@ -5,10 +5,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from detectron2.config import CfgNode
 from tabulate import tabulate
 
 from .. import model_zoo
-from ..config import choose_device, load_config
+from ..config import check_choice, choose_device, load_config
+from ..data.augmentation import AUGMENTATIONS
 from ..data.formats import Coco, Notes, describe, read_coco_files, read_dataset, root_of
 from ..utils.errors import UserError
 from ..utils.files import atomic_write
@@ -18,6 +20,7 @@ from .recipe import Choice, derive_recipe, has_masks
 from .split import split_dataset
 
 _MASK_MODEL, _BOX_MODEL = "mask_rcnn_R50_gnws_2x", "faster_rcnn_R50_gnws_1x"
+_AUGMENTATION = "none"  # without --augment
 
 
 def prepare(
@@ -31,6 +34,8 @@ def prepare(
     batch_size: int,
     num_gpus: int,
     patience: int,
+    augment: str | None = None,
+    any_orientation: bool = False,
     opts: Sequence[Any],
     keep_going: bool = False,
     preview: bool = False,
@@ -46,6 +51,7 @@ def prepare(
     for name, value, least in [*counts, ("patience", patience, 0)]:
         if value < least:
             raise UserError(f"--{name} is at least {least}.")
+    check_choice("--augment", augment or _AUGMENTATION, AUGMENTATIONS)
     given, notes = dict(zip(opts[::2], opts[1::2])), Notes()
     boxes = model is not None and not load_config(model, [*opts]).MODEL.MASK_ON
     boxes = boxes or str(given.get("MODEL.MASK_ON")) == "False"
@@ -74,6 +80,7 @@ def prepare(
         Choice("DATASETS.TRAIN", (names[0],), describe(splits["train"])),
         Choice("DATASETS.TEST", (names[1],), f"{describe(splits['val'])}, {split_reason}"),
         *derive_recipe(cfg, splits["train"], epochs, batch_size, num_gpus),
+        *_augmentation(cfg, has_masks(splits["train"]), augment, any_orientation),
         Choice("DATALOADER.FILTER_EMPTY_ANNOTATIONS", False, "images without objects teach, too"),
         Choice("SOLVER.PATIENCE", patience, "--patience"),
         Choice("OUTPUT_DIR", output, "--output"),
@@ -97,8 +104,23 @@ def prepare(
     print("\n".join(lines), end="\n" if lines else "")
     if preview:
         page = os.path.join(output, "data", "preview.html")
-        write_preview(page, splits, roots, lines)
+        write_preview(page, splits, roots, lines, cfg)
         print(f"The data as it is read: {page}.")
+
+
+def _augmentation(
+    cfg: CfgNode, masks: bool, augment: str | None, any_orientation: bool
+) -> list[Choice]:
+    choices = []
+    if augment or cfg.INPUT.AUGMENTATION == "none":  # or else the config's stays
+        reason = "--augment" if augment else "without --augment"
+        augment = augment or _AUGMENTATION
+        choices.append(Choice("INPUT.AUGMENTATION", augment, reason))
+        if augment == "strong" and masks and cfg.MODEL.MASK_ON:
+            choices.append(Choice("INPUT.COPY_PASTE", 0.5, f"{reason}; the objects have masks"))
+    if any_orientation:
+        choices.append(Choice("INPUT.ANY_ORIENTATION", True, "--any-orientation"))
+    return choices
 
 
 def _read_splits(

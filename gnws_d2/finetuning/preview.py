@@ -2,15 +2,21 @@
 
 import base64
 import html
+import itertools
 import os
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import cv2
 import numpy as np
+import pycocotools.mask as mask_util
+from detectron2.config import CfgNode
 
+from ..data import OpenCVDatasetMapper, register_coco_datasets
 from ..data.dataset_mapper import read_image
 from ..data.formats import Coco
+from ..data.train_loader import build_train_loader
 from ..prediction.drawing import class_color, draw_objects
 from ..utils.files import atomic_write
 
@@ -20,15 +26,19 @@ td, th { padding: 2px 12px; text-align: right } td:first-child { text-align: lef
 figure { display: inline-block; margin: 6px; vertical-align: top } figcaption { font-size: 12px }"""
 
 
-def write_preview(path: str, splits: dict[str, Coco], roots: list[str], notes: list[str]) -> None:
+def write_preview(
+    path: str, splits: dict[str, Coco], roots: list[str], notes: list[str], cfg: CfgNode
+) -> None:
     """
-    Write an HTML page, which needs no other file.
+    Write an HTML page, which needs no other file. If training augments images by more than a flip,
+    the page also shows what it trains on.
 
     Args:
         path: the file to write.
         splits: the COCO dict of each split, with the same categories.
         roots: the image directory of each split.
         notes: what was repaired and left out.
+        cfg: config of the training.
     """
     names = {c["id"]: c["name"] for coco in splits.values() for c in coco["categories"]}
     parts = [f"<!doctype html><meta charset=utf-8><title>Dataset</title><style>{_STYLE}</style>"]
@@ -44,7 +54,10 @@ def write_preview(path: str, splits: dict[str, Coco], roots: list[str], notes: l
         number = min(_NUM_PICTURES // len(splits), len(images))
         for index in np.linspace(0, len(images) - 1, number).round().astype(int):
             image = images[index]
-            parts.append(_figure(root, image, of_image[image["id"]], names))
+            picture = read_image(os.path.join(root, image["file_name"]), "RGB")
+            parts.append(_figure(picture, image["file_name"], of_image[image["id"]], names))
+    if cfg.INPUT.AUGMENTATION != "none" or cfg.INPUT.COPY_PASTE or cfg.INPUT.ANY_ORIENTATION:
+        parts += ["<h2>As in training</h2>", *_augmented(cfg, names)]
     with atomic_write(path) as f:
         f.write("\n".join(parts))
 
@@ -70,10 +83,30 @@ def _median(sizes: list[list[float]]) -> str:
     return f"{width:.0f} x {height:.0f}"
 
 
+def _augmented(cfg: CfgNode, names: dict[int, str]) -> Iterator[str]:
+    """Yield figures of the first images that the train loader yields, with seed 0."""
+    cfg = cfg.clone()
+    cfg.merge_from_list(["SEED", 0, "DATALOADER.NUM_WORKERS", 0])
+    register_coco_datasets(cfg.DATASETS.COCO)
+    loader = build_train_loader(cfg, OpenCVDatasetMapper(cfg, True))
+    ids = sorted(names)  # as Detectron2 numbers the classes
+    for record in itertools.islice(itertools.chain.from_iterable(loader), _NUM_PICTURES):
+        picture, instances = record["image"].permute(1, 2, 0).numpy(), record["instances"]
+        boxes = instances.gt_boxes.tensor.numpy()
+        boxes[:, 2:] -= boxes[:, :2]
+        classes = instances.gt_classes.tolist()
+        objects = [{"bbox": b, "category_id": ids[c], "iscrowd": 0} for b, c in zip(boxes, classes)]
+        for own, mask in zip(objects, instances.gt_masks if instances.has("gt_masks") else ()):
+            if not isinstance(mask, list):  # of polygons
+                mask = mask_util.encode(np.asfortranarray(mask, np.uint8))
+            own["segmentation"] = mask
+        rgb = picture if cfg.INPUT.FORMAT == "RGB" else picture[:, :, ::-1]
+        yield _figure(rgb, os.path.basename(record["file_name"]), objects, names)
+
+
 def _figure(
-    root: str, image: dict[str, Any], objects: list[dict[str, Any]], names: dict[int, str]
+    picture: np.ndarray, name: str, objects: list[dict[str, Any]], names: dict[int, str]
 ) -> str:
-    picture = read_image(os.path.join(root, image["file_name"]), "RGB")
     ids = list(names)
     drawn = draw_objects(
         picture,
@@ -83,7 +116,8 @@ def _figure(
         masks=all("segmentation" in o for o in objects),
     )
     _, jpeg = cv2.imencode(".jpg", drawn[:, :, ::-1])
-    caption = f"{image['file_name']}, {image['width']} x {image['height']}, {len(objects)} objects"
+    height, width = picture.shape[:2]
+    caption = f"{name}, {width} x {height}, {len(objects)} objects"
     source = base64.b64encode(jpeg.tobytes()).decode()
     return (
         f'<figure><img src="data:image/jpeg;base64,{source}">'

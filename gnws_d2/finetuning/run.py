@@ -23,6 +23,8 @@ def finetune(
     batch_size: int = 2,
     num_gpus: int = 1,
     patience: int = 0,
+    augment: str | None = None,
+    any_orientation: bool = False,
     resume: bool = False,
     keep_going: bool = False,
     dry_run: bool = False,
@@ -48,6 +50,9 @@ def finetune(
         batch_size: the images that a process holds at once; it accumulates the rest of a batch.
         num_gpus: the number of GPUs, or of processes with ``MODEL.DEVICE cpu``.
         patience: stop after this number of evaluations without a better AP; 0 for never.
+        augment: ``INPUT.AUGMENTATION``: "none" (default), "light", or "strong", which with masks
+            also pastes objects of other images.
+        any_orientation: also train on images turned by 90, 180 and 270 degrees.
         resume: continue the run in `output`, with its data and config. Only `num_gpus` and `opts`
             are used.
         keep_going: leave out more than a tenth of the objects, if they cannot be used.
@@ -64,8 +69,8 @@ def finetune(
     if not resume:
         prepare(
             config_file, data=data, train=train, val=val, model=model, epochs=epochs,
-            batch_size=batch_size, num_gpus=num_gpus, patience=patience, keep_going=keep_going,
-            preview=dry_run, opts=opts,
+            batch_size=batch_size, num_gpus=num_gpus, patience=patience, augment=augment,
+            any_orientation=any_orientation, keep_going=keep_going, preview=dry_run, opts=opts,
         )  # fmt: skip
     elif not os.path.isfile(config_file):
         raise UserError(f"--output {output} has no run to --resume: no finetune.yaml in it.")

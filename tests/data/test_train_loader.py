@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -244,6 +245,25 @@ def test_workers_of_a_launched_process_are_forked(monkeypatch):
     loader.multiprocessing_context = "spawn"
     assert list(StoppableLoader(loader)) == [0, 1, 2]
     assert loader.multiprocessing_context.get_start_method() == "fork"
+
+
+class OpenCVThreads(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return cv2.getNumThreads()
+
+
+def test_workers_are_forked_without_opencvs_threads():
+    """To end them there, as the mapper does, would wait for the parent's threads forever."""
+    before = cv2.getNumThreads()
+    try:
+        cv2.setNumThreads(3)
+        loader = torch.utils.data.DataLoader(OpenCVThreads(), num_workers=1, batch_size=None)
+        assert list(StoppableLoader(loader)) == [1] and cv2.getNumThreads() == 3
+    finally:
+        cv2.setNumThreads(before)
 
 
 def test_workers_end_when_the_training_process_is_killed():

@@ -233,6 +233,41 @@ def test_dry_run_shows_the_data_and_trains_nothing(small, tmp_path, capsys):
     assert not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS  # pictures without objects are trained on
 
 
+@pytest.mark.parametrize("augment", [None, "light", "strong"])
+@pytest.mark.parametrize("masks", [True, False])
+def test_augmentation_is_chosen_and_shown(small, tmp_path, capsys, augment, masks):
+    root, coco = small
+    (as_coco if masks else as_voc)(root, coco)
+    out = str(tmp_path / "out")
+    config = gnws_d2.finetune(
+        str(root), output=out, model="quick_start", augment=augment, any_orientation=bool(augment),
+        dry_run=True,
+    )  # fmt: skip
+    given = load_config(config, []).INPUT
+    assert given.AUGMENTATION == (augment or "none") and given.ANY_ORIENTATION is bool(augment)
+    assert given.COPY_PASTE == (0.5 if augment == "strong" and masks else 0)
+    shown = capsys.readouterr().out
+    assert ("INPUT.COPY_PASTE" in shown) == (augment == "strong" and masks)
+    assert re.search(r"INPUT.AUGMENTATION +\w+ +(without )?--augment", shown)
+    data, _, training = (tmp_path / "out/data/preview.html").read_text().partition("As in training")
+    assert data.count("<img") == 4 and training.count("<img") == 16 * bool(augment)
+    if augment == "strong":
+        sizes = re.findall(r"<figcaption>\S+, (\d+) x (\d+), \d+ objects", training)
+        assert {*sizes} == {(str(given.MAX_SIZE_TRAIN),) * 2} and len(sizes) == 16
+
+
+def test_augmentation_of_the_config_and_of_keys_stays(small, tmp_path):
+    root, coco = small
+    as_coco(root, coco)
+    keys = ["INPUT.AUGMENTATION", "light", "INPUT.COPY_PASTE", "0.2"]
+    options = {"model": "quick_start", "dry_run": True}
+    for number, augment in enumerate((None, "strong")):
+        out = str(tmp_path / str(number))
+        config = gnws_d2.finetune(str(root), output=out, augment=augment, opts=keys, **options)
+        given = load_config(config, []).INPUT
+        assert (given.AUGMENTATION, given.COPY_PASTE) == ("light", 0.2)
+
+
 SIZE = (64, 48)
 
 
@@ -259,6 +294,7 @@ MISTAKES = [
     (["--val", ".", "."], "--val needs --train"),
     (["--data", ".", "--epochs", "0"], "--epochs is at least 1"),
     (["--data", ".", "--patience", "-1"], "--patience is at least 0"),
+    (["--data", ".", "--augment", "much"], "argument --augment: invalid choice: 'much'"),
     (["--resume"], "has no run to --resume"),
     (["--data", "."], "holds no files, and none of COCO"),
     ({"labels.json": "{"}, "holds 1 files .*and none of COCO"),
