@@ -189,7 +189,10 @@ class OpenCVDatasetMapper(DatasetMapper):
                 keypoint_hflip_indices=self.keypoint_hflip_indices,
             )
             if rasterize:
-                points = [transforms.apply_coords(np.asarray(p).reshape(-1, 2)) for p in polygons]
+                points = [
+                    transforms.apply_coords(np.asarray(p, np.float64).reshape(-1, 2))
+                    for p in polygons
+                ]
                 annotation["segmentation"] = _rasterize([p.ravel() for p in points], image_shape)
             annotations.append(annotation)
         instances = utils.annotations_to_instances(
