@@ -93,6 +93,18 @@ def test_boxes_and_masks_line_up_with_the_image(records, tmp_path, flip, rle):
     assert flipped == ({False} if flip == "none" else {True, False})
 
 
+def test_polygons_of_whole_numbers_keep_their_fractions_when_resized(records):
+    """Detectron2 truncates them to whole numbers of the new size."""
+    record = {**records[0], "annotations": [dict(records[0]["annotations"][0])]}
+    mapper = OpenCVDatasetMapper(get_config(333, "none"), True)
+    masks = []
+    for kind in (int, float):
+        square = list(map(kind, (111, 111, 310, 111, 310, 310, 111, 310)))
+        record["annotations"][0]["segmentation"] = [square]
+        masks.append(mapper(record)["instances"].gt_masks.tensor)
+    assert torch.equal(*masks)
+
+
 @pytest.mark.parametrize("flip", ["none", "horizontal"])
 @pytest.mark.parametrize("rle", [False, True], ids=["polygons", "rle"])
 def test_instances_equal_those_of_detectron2s_mapper(records, flip, rle, monkeypatch):
