@@ -54,7 +54,9 @@ def kill(process, launcher_alone):
 
 
 def weights(output):
-    return torch.load(output / "model_final.pth", weights_only=True)["model"]
+    checkpoint = torch.load(output / "model_final.pth", weights_only=True)
+    trained = {f"trained.{name}": value for name, value in checkpoint["trained_model"].items()}
+    return checkpoint["model"] | trained
 
 
 @pytest.mark.parametrize(
@@ -69,6 +71,7 @@ def weights(output):
 def test_killed_run_resumes_bit_for_bit(tmp_path, launcher, processes, kills, iterations):
     """Every other kill comes while a checkpoint is written, the others at random moments."""
     keys = ["DATALOADER.NUM_WORKERS", "2", "SOLVER.MAX_ITER", str(iterations)]
+    keys += ["SOLVER.EMA_DECAY", "0.9", "INPUT.AUGMENTATION", "strong", "INPUT.COPY_PASTE", "0.5"]
     keys += ["SOLVER.CHECKPOINT_PERIOD", "2" if kills == 1 else "3"]
     how = {"launcher": launcher, "processes": processes}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
