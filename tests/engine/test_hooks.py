@@ -283,11 +283,11 @@ def test_evaluations_take_their_share_of_the_time_also_after_a_resume(tmp_path, 
         take(3.5)
         return {"bbox": {"AP": len(seen)}}
 
-    def start():
+    def start(period=10, share=0.1):
         made = []
 
         def evaluation(checkpointer):
-            made.append(EvalHook(10, evaluate, max_share=0.1))
+            made.append(EvalHook(period, evaluate, max_share=share))
             return made[0]
 
         def best(checkpointer):
@@ -313,6 +313,16 @@ def test_evaluations_take_their_share_of_the_time_also_after_a_resume(tmp_path, 
     trainer = start()
     trainer.train(trainer.resume(), 95)
     assert seen == [10, 20, 40, 80, 95]
+    for changed, expected in (
+        ({"period": 15}, [90, 95]),
+        ({"share": 0.2}, [60, 80, 95]),
+        ({"share": 0.0}, [60, 70, 80, 90, 95]),
+    ):
+        seen.clear()
+        (tmp_path / "last_checkpoint").write_text("model_0000049.pth")
+        trainer = start(**changed)
+        trainer.train(trainer.resume(), 95)
+        assert seen == expected
 
 
 @pytest.mark.ci
