@@ -217,10 +217,14 @@ def validation_loss(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float
     with torch.no_grad(), EventStorage(1):  # the storage of the training stays as it is
         for batch in StoppableLoader(loader):
             torch.manual_seed(0)  # the same proposals are sampled each time
-            losses.append({name: loss.item() for name, loss in model(batch).items()})
+            try:
+                losses.append({name: loss.item() for name, loss in model(batch).items()})
+            except FloatingPointError:  # of an average of the weights: see _nan_if_diverged
+                losses.append({"loss of the proposals": math.nan})
     stop_together()
     losses = [loss for part in comm.all_gather(losses) for loss in part]
-    mean = {name: sum(loss[name] for loss in losses) / len(losses) for name in losses[0]}
+    names = dict.fromkeys(name for loss in losses for name in loss)  # diverged ones lack some
+    mean = {n: sum(loss.get(n, math.nan) for loss in losses) / len(losses) for n in names}
     return {"validation": {"total_loss": sum(mean.values()), **mean}}
 
 

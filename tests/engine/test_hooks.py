@@ -1,5 +1,6 @@
 import contextlib
 import json
+import math
 import os
 import signal
 import time
@@ -356,6 +357,18 @@ def test_weights_and_biases_gets_the_config_and_goes_on_when_resumed(tmp_path, m
         with pytest.raises(error):
             Trainer(tmp_path, [lambda _: WandbRun(cfg)], fail).train(0, 2)
     assert codes == [0, 1]
+
+
+def test_validation_loss_of_a_model_that_diverges_on_an_image_is_nan(shapes_root, monkeypatch):
+    def diverge(batch):
+        if batch[0]["image_id"] == 2:
+            raise FloatingPointError
+        return {"loss_cls": torch.ones(())}
+
+    monkeypatch.setitem(shapes._SPLITS, "shapes_val", (3, 1))
+    losses = validation_loss(load_config("configs/quick_start.yaml", []), diverge)["validation"]
+    assert {"total_loss", "loss_cls"} < losses.keys()
+    assert all(map(math.isnan, losses.values()))
 
 
 def test_validation_loss_is_the_mean_over_the_images(shapes_root, monkeypatch):
