@@ -33,13 +33,13 @@ def check_augmentation(cfg: CfgNode) -> None:
             )
     if not 0 <= cfg.INPUT.COPY_PASTE <= 1:
         raise UserError(
-            f"INPUT.COPY_PASTE is {cfg.INPUT.COPY_PASTE}: set it to a probability from 0 to 1."
+            f"INPUT.COPY_PASTE is {cfg.INPUT.COPY_PASTE}: set it to a probability from 0.0 to 1.0."
         )
     if cfg.INPUT.COPY_PASTE and (masks != "bitmask" or cfg.MODEL.KEYPOINT_ON):
         raise UserError(
             f"INPUT.COPY_PASTE is {cfg.INPUT.COPY_PASTE}, which needs MODEL.MASK_ON True, "
             "INPUT.MASK_FORMAT bitmask and MODEL.KEYPOINT_ON False: set these, or "
-            "INPUT.COPY_PASTE 0."
+            "INPUT.COPY_PASTE 0.0."
         )
 
 

@@ -129,7 +129,7 @@ class OpenCVDatasetMapper(DatasetMapper):
             else aug
             for aug in ret["augmentations"]
         ]
-        if is_train:
+        if is_train and "AUGMENTATION" in cfg.INPUT:  # not in Detectron2's own config
             ret["augmentations"] = build_augmentation(cfg, ret["augmentations"])
             if cfg.INPUT.AUGMENTATION == "strong":  # which crops, as INPUT.CROP does
                 ret["recompute_boxes"] = cfg.MODEL.MASK_ON

@@ -27,7 +27,17 @@ def check_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     check_choice("SOLVER.ON_NON_FINITE", cfg.SOLVER.ON_NON_FINITE, ("stop", "skip"))
     if not 0 <= cfg.SOLVER.EMA_DECAY < 1:
         raise UserError(
-            f"SOLVER.EMA_DECAY is {cfg.SOLVER.EMA_DECAY}: set it to 0, or to less than 1."
+            f"SOLVER.EMA_DECAY is {cfg.SOLVER.EMA_DECAY}: set it to 0.0, or to less than 1."
+        )
+    if not cfg.TEST.MAX_TIME_SHARE >= 0:  # also for NaN
+        raise UserError(
+            f"TEST.MAX_TIME_SHARE is {cfg.TEST.MAX_TIME_SHARE}: set it to a share such as 0.1, or "
+            "to 0.0 for no limit."
+        )
+    if not 0 <= cfg.MODEL.RPN.MIN_LOW_QUALITY_IOU <= 1:
+        raise UserError(
+            f"MODEL.RPN.MIN_LOW_QUALITY_IOU is {cfg.MODEL.RPN.MIN_LOW_QUALITY_IOU}: set it to an "
+            "IoU from 0.0 to 1.0."
         )
     _check_workers(cfg, args)
     if cfg.WANDB.PROJECT and not args.eval_only and importlib.util.find_spec("wandb") is None:

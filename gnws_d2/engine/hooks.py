@@ -55,7 +55,8 @@ class EvalHook(hooks.EvalHook):
 
     def __init__(self, *args: Any, max_share: float = 0):
         super().__init__(*args)
-        self._max_share, self._factor = max_share, 0
+        self._max_share = max_share
+        self._cost = 0.0  # the time of an evaluation by that of an iteration, once it is known
         self._start = math.nan
 
     def before_step(self) -> None:
@@ -71,20 +72,20 @@ class EvalHook(hooks.EvalHook):
             _stop(self.trainer, *e.args)
         self.done = min(self.trainer.iter + 1, self.trainer.max_iter)
         iterations = self.done - self.trainer.start_iter
-        if self._max_share and self._period and not self._factor and iterations:
-            iteration_time = (start - self._start) / iterations
-            self._multiply_period(time.perf_counter() - start, iteration_time)
+        if self._max_share and not self._cost and iterations and self.done < self.trainer.max_iter:
+            seconds, before = time.perf_counter() - start, self._period
+            self._cost = comm.all_gather(seconds * iterations / (start - self._start))[0]
+            self._multiply_period()
+            if self._period > before:
+                logging.getLogger(__name__).info(
+                    f"The evaluation took {seconds:.1f} s, as long as {self._cost:.0f} iterations: "
+                    f"from now on, one each {self._period} iterations and at the end "
+                    f"(TEST.MAX_TIME_SHARE {self._max_share:g})."
+                )
 
-    def _multiply_period(self, seconds: float, iteration_time: float) -> None:
-        factor = math.ceil(seconds / (self._max_share * self._period * iteration_time))
-        self._factor = comm.all_gather(factor)[0]
-        self._period *= self._factor
-        if self._factor > 1:
-            logging.getLogger(__name__).info(
-                f"The evaluation took {seconds:.1f} s, as long as {seconds / iteration_time:.0f} "
-                f"iterations: from now on, one each {self._period} iterations and at the end "
-                f"(TEST.MAX_TIME_SHARE {self._max_share:g})."
-            )
+    def _multiply_period(self) -> None:
+        if self._max_share and self._period > 0:
+            self._period *= max(1, math.ceil(self._cost / (self._max_share * self._period)))
 
     def after_train(self) -> None:
         try:
@@ -98,11 +99,11 @@ class EvalHook(hooks.EvalHook):
     def state_dict(self) -> dict[str, Any]:
         next_iter = self.trainer.iter + 1
         period = self._period and next_iter % self._period == 0
-        return {"is_due": bool(period and next_iter != self.done), "factor": self._factor}
+        return {"is_due": bool(period and next_iter != self.done), "cost": self._cost}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.is_due, self._factor = state_dict["is_due"], state_dict.get("factor", 0)
-        self._period *= self._factor or 1
+        self.is_due, self._cost = state_dict["is_due"], state_dict.get("cost", 0.0)
+        self._multiply_period()  # the period and the share may be others than before
 
 
 class EarlyStop(BaseException):
@@ -216,10 +217,14 @@ def validation_loss(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float
     with torch.no_grad(), EventStorage(1):  # the storage of the training stays as it is
         for batch in StoppableLoader(loader):
             torch.manual_seed(0)  # the same proposals are sampled each time
-            losses.append({name: loss.item() for name, loss in model(batch).items()})
+            try:
+                losses.append({name: loss.item() for name, loss in model(batch).items()})
+            except FloatingPointError:  # of an average of the weights: see _nan_if_diverged
+                losses.append({"loss of the proposals": math.nan})
     stop_together()
     losses = [loss for part in comm.all_gather(losses) for loss in part]
-    mean = {name: sum(loss[name] for loss in losses) / len(losses) for name in losses[0]}
+    names = dict.fromkeys(name for loss in losses for name in loss)  # diverged ones lack some
+    mean = {n: sum(loss.get(n, math.nan) for loss in losses) / len(losses) for n in names}
     return {"validation": {"total_loss": sum(mean.values()), **mean}}
 
 

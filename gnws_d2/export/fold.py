@@ -8,12 +8,14 @@ from torch import nn
 
 from ..layers import fold_for_inference
 
-# Registered names of this project, and Detectron2's without weight standardization.
+# Registered names of this project, and Detectron2's without weight standardization. Their proposal
+# generators differ in training alone.
 STOCK_NAMES = {
     "build_resnet_gnws_backbone": "build_resnet_backbone",
     "build_resnet_gnws_fpn_backbone": "build_resnet_fpn_backbone",
     "FastRCNNConvFCGNWSHead": "FastRCNNConvFCHead",
     "MaskRCNNConvUpsampleGNWSHead": "MaskRCNNConvUpsampleHead",
+    "MinQualityRPN": "RPN",
 }
 
 
@@ -28,7 +30,8 @@ def fold_model(model: nn.Module, cfg: CfgNode) -> tuple[nn.Module, CfgNode]:
     stock = cfg.clone()
     stock.defrost()
     _remove_other_keys(stock, get_cfg())
-    for node in (stock.MODEL.BACKBONE, stock.MODEL.ROI_BOX_HEAD, stock.MODEL.ROI_MASK_HEAD):
+    for name in ("BACKBONE", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "PROPOSAL_GENERATOR"):
+        node = stock.MODEL[name]
         node.NAME = STOCK_NAMES.get(node.NAME, node.NAME)
     folded = build_model(stock)
     folded.load_state_dict(fold_for_inference(copy.deepcopy(model)).state_dict())

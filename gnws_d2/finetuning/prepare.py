@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from tabulate import tabulate
 
 from .. import model_zoo
-from ..config import check_choice, choose_device, load_config
+from ..config import check_choice, choose_device, flatten_config, load_config
 from ..data.augmentation import AUGMENTATIONS
 from ..data.formats import Coco, Notes, describe, read_coco_files, read_dataset, root_of
 from ..utils.errors import UserError
@@ -98,7 +98,8 @@ def prepare(
     with atomic_write(config_file) as f:
         f.write(cfg.dump())
     rows = [[c.key, c.value, c.reason] for c in choices if c.key != "DATASETS.COCO"]
-    rows += [[key, value, "given"] for key, value in given.items()]
+    values = flatten_config(cfg)  # tabulate would show the string "False" as True
+    rows += [[key, values.get(key, value), "given"] for key, value in given.items()]
     print(tabulate(rows, ["key", "value", "why"], maxcolwidths=[None, 40, 60]) + "\n")
     lines = notes.lines()
     print("\n".join(lines), end="\n" if lines else "")
@@ -116,7 +117,8 @@ def _augmentation(
         reason = "--augment" if augment else "without --augment"
         augment = augment or _AUGMENTATION
         choices.append(Choice("INPUT.AUGMENTATION", augment, reason))
-        if augment == "strong" and masks and cfg.MODEL.MASK_ON:
+        bitmasks = masks and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "bitmask"
+        if augment == "strong" and bitmasks:
             choices.append(Choice("INPUT.COPY_PASTE", 0.5, f"{reason}; the objects have masks"))
     if any_orientation:
         choices.append(Choice("INPUT.ANY_ORIENTATION", True, "--any-orientation"))

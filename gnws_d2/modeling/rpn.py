@@ -51,16 +51,16 @@ class MinQualityMatcher(Matcher):
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class MinQualityRPN(RPN):
     """
-    :class:`RPN` that reads ``MODEL.RPN.MIN_LOW_QUALITY_IOU``; at 0 it is Detectron2's.
+    :class:`RPN` that reads ``MODEL.RPN.MIN_LOW_QUALITY_IOU``; at 0, or without the key, it is
+    Detectron2's.
     """
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         ret = super().from_config(cfg, input_shape)
-        if cfg.MODEL.RPN.MIN_LOW_QUALITY_IOU > 0:
+        rpn = cfg.MODEL.RPN
+        if "MIN_LOW_QUALITY_IOU" in rpn and rpn.MIN_LOW_QUALITY_IOU > 0:
             ret["anchor_matcher"] = MinQualityMatcher(
-                cfg.MODEL.RPN.IOU_THRESHOLDS,
-                cfg.MODEL.RPN.IOU_LABELS,
-                cfg.MODEL.RPN.MIN_LOW_QUALITY_IOU,
+                rpn.IOU_THRESHOLDS, rpn.IOU_LABELS, rpn.MIN_LOW_QUALITY_IOU
             )
         return ret

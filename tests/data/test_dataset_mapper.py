@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from builders import encode
+from detectron2.config import get_cfg
 from detectron2.data.datasets import load_coco_json
 from detectron2.structures import polygons_to_bitmask
 from PIL import Image
@@ -250,3 +251,10 @@ def test_other_kinds_of_8_bit_images_are_read(tmp_path, mode):
     image = read_image(str(tmp_path / "a.png"), "RGB")
     assert image.shape == (6, 8, 3) and image.dtype == np.uint8
     assert np.array_equal(image, cv2.imread(str(tmp_path / "a.png"))[:, :, ::-1])
+
+
+def test_detectron2s_own_config_has_no_augmentation(records):
+    cfg = get_cfg()
+    cfg.INPUT.RANDOM_FLIP, cfg.INPUT.MIN_SIZE_TRAIN = "none", (400,)
+    ours = OpenCVDatasetMapper(get_config(), True)(records[0])["image"]
+    assert torch.equal(OpenCVDatasetMapper(cfg, True)(records[0])["image"].flip(0), ours)

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import math
 import os
 import signal
 import time
@@ -283,11 +284,11 @@ def test_evaluations_take_their_share_of_the_time_also_after_a_resume(tmp_path, 
         take(3.5)
         return {"bbox": {"AP": len(seen)}}
 
-    def start():
+    def start(period=10, share=0.1):
         made = []
 
         def evaluation(checkpointer):
-            made.append(EvalHook(10, evaluate, max_share=0.1))
+            made.append(EvalHook(period, evaluate, max_share=share))
             return made[0]
 
         def best(checkpointer):
@@ -313,6 +314,16 @@ def test_evaluations_take_their_share_of_the_time_also_after_a_resume(tmp_path, 
     trainer = start()
     trainer.train(trainer.resume(), 95)
     assert seen == [10, 20, 40, 80, 95]
+    for changed, expected in (
+        ({"period": 15}, [90, 95]),
+        ({"share": 0.2}, [60, 80, 95]),
+        ({"share": 0.0}, [60, 70, 80, 90, 95]),
+    ):
+        seen.clear()
+        (tmp_path / "last_checkpoint").write_text("model_0000049.pth")
+        trainer = start(**changed)
+        trainer.train(trainer.resume(), 95)
+        assert seen == expected
 
 
 @pytest.mark.ci
@@ -346,6 +357,18 @@ def test_weights_and_biases_gets_the_config_and_goes_on_when_resumed(tmp_path, m
         with pytest.raises(error):
             Trainer(tmp_path, [lambda _: WandbRun(cfg)], fail).train(0, 2)
     assert codes == [0, 1]
+
+
+def test_validation_loss_of_a_model_that_diverges_on_an_image_is_nan(shapes_root, monkeypatch):
+    def diverge(batch):
+        if batch[0]["image_id"] == 2:
+            raise FloatingPointError
+        return {"loss_cls": torch.ones(())}
+
+    monkeypatch.setitem(shapes._SPLITS, "shapes_val", (3, 1))
+    losses = validation_loss(load_config("configs/quick_start.yaml", []), diverge)["validation"]
+    assert {"total_loss", "loss_cls"} < losses.keys()
+    assert all(map(math.isnan, losses.values()))
 
 
 def test_validation_loss_is_the_mean_over_the_images(shapes_root, monkeypatch):

@@ -253,6 +253,7 @@ def test_folded_model_and_config_are_detectron2s_own():
     folded, stock = fold_model(build_model(cfg), cfg)
     assert not any("gnws" in type(m).__module__ for m in folded.modules())
     assert stock.MODEL.RESNETS.NORM == "GN" and "GNWS" not in stock.dump()
+    assert stock.MODEL.PROPOSAL_GENERATOR.NAME == "RPN"
     assert stock.SOLVER.CLIP_GRADIENTS.NORM_TYPE == math.inf and stock.OUTPUT_DIR == "1"
 
 

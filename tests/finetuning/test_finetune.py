@@ -268,6 +268,18 @@ def test_augmentation_of_the_config_and_of_keys_stays(small, tmp_path):
         assert (given.AUGMENTATION, given.COPY_PASTE) == ("light", 0.2)
 
 
+def test_no_objects_are_pasted_without_bitmasks_and_given_values_are_shown(small, tmp_path, capsys):
+    as_coco(*small)
+    keys = ["INPUT.MASK_FORMAT", "polygon", "TEST.VALIDATION_LOSS", "False"]
+    gnws_d2.finetune(
+        str(small[0]), output=str(tmp_path / "out"), model="quick_start", augment="strong",
+        dry_run=True, opts=keys,
+    )  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "INPUT.COPY_PASTE" not in shown
+    assert re.search(r"TEST.VALIDATION_LOSS +False +given", shown)
+
+
 SIZE = (64, 48)
 
 
