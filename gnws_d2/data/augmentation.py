@@ -31,10 +31,6 @@ def check_augmentation(cfg: CfgNode) -> None:
                 'INPUT.AUGMENTATION "strong" crops polygons by Shapely, which is not installed: '
                 "pip install shapely, or set INPUT.MASK_FORMAT bitmask."
             )
-    if not 0 <= cfg.INPUT.COPY_PASTE <= 1:
-        raise UserError(
-            f"INPUT.COPY_PASTE is {cfg.INPUT.COPY_PASTE}: set it to a probability from 0.0 to 1.0."
-        )
     if cfg.INPUT.COPY_PASTE and (masks != "bitmask" or cfg.MODEL.KEYPOINT_ON):
         raise UserError(
             f"INPUT.COPY_PASTE is {cfg.INPUT.COPY_PASTE}, which needs MODEL.MASK_ON True, "

@@ -12,12 +12,20 @@ from detectron2.engine import DefaultTrainer
 from detectron2.utils.file_io import PathManager
 
 from ..checkpoint import find_checkpoint
-from ..config import check_choice, check_device
+from ..config import check_choice, check_device, flatten_config
 from ..data import check_datasets
 from ..data.augmentation import check_augmentation
 from ..evaluation import check_evaluators
 from ..utils.compat import LAUNCHES_ON_CPU
 from ..utils.errors import UserError
+
+# Keys whose values start at 0, and their largest ones.
+_SHARES = {
+    "INPUT.COPY_PASTE": 1.0,
+    "MODEL.RPN.MIN_LOW_QUALITY_IOU": 1.0,
+    "SOLVER.EMA_DECAY": 0.99999,
+    "TEST.MAX_TIME_SHARE": 1.0,
+}
 
 
 def check_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -25,20 +33,10 @@ def check_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     check_device(cfg)
     check_choice("INPUT.ON_BAD_IMAGE", cfg.INPUT.ON_BAD_IMAGE, ("stop", "skip"))
     check_choice("SOLVER.ON_NON_FINITE", cfg.SOLVER.ON_NON_FINITE, ("stop", "skip"))
-    if not 0 <= cfg.SOLVER.EMA_DECAY < 1:
-        raise UserError(
-            f"SOLVER.EMA_DECAY is {cfg.SOLVER.EMA_DECAY}: set it to 0.0, or to less than 1."
-        )
-    if not cfg.TEST.MAX_TIME_SHARE >= 0:  # also for NaN
-        raise UserError(
-            f"TEST.MAX_TIME_SHARE is {cfg.TEST.MAX_TIME_SHARE}: set it to a share such as 0.1, or "
-            "to 0.0 for no limit."
-        )
-    if not 0 <= cfg.MODEL.RPN.MIN_LOW_QUALITY_IOU <= 1:
-        raise UserError(
-            f"MODEL.RPN.MIN_LOW_QUALITY_IOU is {cfg.MODEL.RPN.MIN_LOW_QUALITY_IOU}: set it to an "
-            "IoU from 0.0 to 1.0."
-        )
+    values = flatten_config(cfg)
+    for key, most in _SHARES.items():
+        if not 0 <= values[key] <= most:  # also for NaN
+            raise UserError(f"{key} is {values[key]}: set it to a number from 0.0 to {most}.")
     _check_workers(cfg, args)
     if cfg.WANDB.PROJECT and not args.eval_only and importlib.util.find_spec("wandb") is None:
         raise UserError(

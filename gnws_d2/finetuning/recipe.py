@@ -17,7 +17,6 @@ _COVERED = 0.5  # IoU of a box with its best anchor
 _ENOUGH = 0.9  # share of boxes that are covered, to keep the anchors of the config
 _MIN_ITERATIONS = 500  # with fewer, batches are made smaller
 _MAX_EVALUATIONS = 30
-_EMA_SHARE = 20  # of the iterations, that the average of the weights is mostly of
 
 
 class Choice(NamedTuple):
@@ -162,7 +161,6 @@ def _schedule(
     drops = {round(step / solver.MAX_ITER * iterations) for step in solver.STEPS}
     steps = tuple(sorted(s for s in drops if 0 < s < iterations))
     warmup = min(solver.WARMUP_ITERS, iterations // 10)
-    decay = round(1 - _EMA_SHARE / max(iterations, 2 * _EMA_SHARE), 5)
     return [
         Choice("SOLVER.REFERENCE_WORLD_SIZE", 0, "the numbers below are used as they are"),
         Choice("SOLVER.IMS_PER_BATCH", batch, reason),
@@ -171,7 +169,6 @@ def _schedule(
         Choice("SOLVER.MAX_ITER", iterations, f"{epochs} epochs of {num_images} images"),
         Choice("SOLVER.STEPS", steps, "at the same shares as in the recipe"),
         Choice("SOLVER.WARMUP_ITERS", warmup, "at most a tenth"),
-        Choice("SOLVER.EMA_DECAY", decay, f"of the last 1/{_EMA_SHARE} of the iterations"),
         Choice("TEST.EVAL_PERIOD", period, when),
         Choice("TEST.MAX_TIME_SHARE", 0.1, "or fewer, if evaluations took longer than a tenth"),
         Choice("TEST.VALIDATION_LOSS", True, "at each evaluation"),

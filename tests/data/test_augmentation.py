@@ -355,7 +355,6 @@ def test_evaluation_and_validation_loss_see_no_augmentation(dataset):
     "keys, message",
     [
         (["INPUT.AUGMENTATION", "medium"], 'is "medium": set it to "none" or "light" or "strong"'),
-        (["INPUT.COPY_PASTE", 1.5], "COPY_PASTE is 1.5: set it to a probability from 0.0 to 1.0"),
         (["INPUT.COPY_PASTE", 0.5, "MODEL.MASK_ON", "False"], "needs MODEL.MASK_ON True"),
         (["INPUT.COPY_PASTE", 0.5, "INPUT.MASK_FORMAT", "polygon"], "MASK_FORMAT bitmask"),
         (["INPUT.COPY_PASTE", 0.5, "MODEL.KEYPOINT_ON", "True"], "MODEL.KEYPOINT_ON False"),

@@ -57,9 +57,10 @@ def fails(monkeypatch, capsys, tmp_path, launched):
 @pytest.mark.parametrize(
     "args, message",
     [
-        ("SOLVER.EMA_DECAY 1.0", "SOLVER.EMA_DECAY is 1.0: set it to 0.0, or to less than 1.$"),
-        ("TEST.MAX_TIME_SHARE -1.0", "TEST.MAX_TIME_SHARE is -1.0: .* 0.0 for no limit.$"),
-        ("MODEL.RPN.MIN_LOW_QUALITY_IOU 2.0", "MIN_LOW_QUALITY_IOU is 2.0: .* 0.0 to 1.0.$"),
+        ("SOLVER.EMA_DECAY 1.0", "SOLVER.EMA_DECAY is 1.0: set it to .* from 0.0 to 0.99999.$"),
+        ("TEST.MAX_TIME_SHARE -1.0", "TEST.MAX_TIME_SHARE is -1.0: .* from 0.0 to 1.0.$"),
+        ("MODEL.RPN.MIN_LOW_QUALITY_IOU 2.0", "MIN_LOW_QUALITY_IOU is 2.0: .* from 0.0 to 1.0.$"),
+        ("INPUT.COPY_PASTE 1.5", "INPUT.COPY_PASTE is 1.5: .* from 0.0 to 1.0.$"),
         ("SOLVER.MAXITER 3", "no key SOLVER.MAXITER, did you mean SOLVER.MAX_ITER.$"),
         ("NOTHING.LIKE 3", "no key NOTHING.LIKE.$"),
         ("SOLVER.MAX_ITER many", "SOLVER.MAX_ITER"),
