@@ -138,19 +138,14 @@ def finetune(parser: ArgumentParser) -> None:
     add("--train", nargs=2, metavar=files, help="training set in COCO format, instead of --data")
     add("--val", nargs=2, metavar=files, help="validation set (default: a fifth of the images)")
     add("--output", required=True, metavar="DIR", help="directory of the run")
-    text = "name of a model, or config file (default: Mask R-CNN R-50, without masks Faster R-CNN)"
-    add("--model", metavar="NAME", help=text)
+    add("--model", metavar="NAME", help="model or config file (default: Mask or Faster R-CNN R-50)")
     _add_number(parser, "--epochs", 20, "how often each image is seen")
     _add_number(parser, "--batch-size", 2, "images in memory at once, per process")
     _add_number(parser, "--num-gpus", 1, "GPUs, or processes with MODEL.DEVICE cpu")
     _add_number(parser, "--patience", 0, "stop after N evaluations without a better AP; 0: never")
-    text = (
-        "random changes of training images: of color and scale (light), or large-scale jitter and "
-    )
-    text += "objects pasted from other images (strong) (default: none)"
+    text = "change images at random: color and scale, or large-scale jitter and pasted objects"
     add("--augment", choices=["none", "light", "strong"], help=text)
-    text = "also turn training images by quarter turns, as for microscopy and aerial images"
-    add("--any-orientation", action="store_true", help=text)
+    add("--any-orientation", action="store_true", help="also turn images by quarter turns")
     add("--resume", action="store_true", help="continue the run in --output")
     text = "stop before the training: write the data and the config, and a page to look at the data"
     add("--dry-run", action="store_true", help=text)
@@ -279,9 +274,7 @@ def push(parser: ArgumentParser) -> None:
     add("output_dir", metavar="OUTPUT_DIR", help="directory of the run")
     add("repo", metavar="USER/REPO", help="repository, which is created if it does not exist")
     add("--license", required=True, metavar="NAME", help="licence, such as apache-2.0")
-    add(
-        "--picture", metavar="IMAGE", help="image to show the model's detections on (default: none)"
-    )
+    add("--picture", metavar="IMAGE", help="image for the model card to show detections on")
     add("--private", action="store_true", help="let only yourself see a new repository")
     args = parser.parse_args()
     from gnws_d2.export.hub import push_to_hub
