@@ -21,7 +21,7 @@ def find(tree: Tree) -> list[str]:
     stems = {stem(picture).lower() for picture in tree.pictures}
     for file in tree.with_suffix(".txt"):
         *directories, name = file.lower().split("/")
-        if name not in NAME_FILES and ("labels" in directories or stem(name) in stems):
+        if not re.fullmatch(NAME_FILES, name) and ("labels" in directories or stem(name) in stems):
             first = _split(read_text(tree.path(file)).strip().partition("\n")[0])
             if not first or sum(to_number(v) is not None for v in first[:5]) >= 4:
                 found.append(file)

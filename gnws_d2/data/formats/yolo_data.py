@@ -1,6 +1,7 @@
 """A YOLO dataset's ``data.yaml``: names of classes, keypoints, splits. Or the files before it."""
 
 import os
+import re
 from typing import Any
 
 from ...utils.errors import UserError
@@ -8,7 +9,7 @@ from ..rules import to_number
 from . import unreadable
 from .tree import Tree, read_text
 
-NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels", "predefined_classes.txt")
+NAME_FILES = r"(predefined_)?classes\.txt|_darknet\.labels|.+\.names"
 
 
 def find_data_file(tree: Tree) -> tuple[str, dict[str, Any]]:
@@ -29,7 +30,7 @@ def read_classes(tree: Tree) -> dict[str, int]:
         if content.get("names") is not None
     }
     for file in () if found else tree.files:
-        if os.path.basename(file).lower() in NAME_FILES:
+        if re.fullmatch(NAME_FILES, os.path.basename(file).lower()):
             lines = read_text(tree.path(file)).strip().splitlines()
             found[file] = {line.strip(): i for i, line in enumerate(lines, 1) if line.strip()}
     if not found:
