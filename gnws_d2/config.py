@@ -28,10 +28,10 @@ def add_gnws_config(cfg: CfgNode) -> None:
     # operators. "reference": PyTorch's operators without fusion, also on a CPU. The results agree
     # up to rounding.
     cfg.MODEL.GNWS.KERNELS = "auto"
-    # Whether a ResNet without loaded weights starts with each residual block as the identity: the
-    # weight of its last GroupNorm is 0 (Goyal et al., 2017, section 5.1; MMDetection's
-    # zero_init_residual).
-    cfg.MODEL.GNWS.ZERO_INIT_RESIDUAL = True
+    # Whether a model without MODEL.WEIGHTS starts as MMDetection's where that is better than
+    # Detectron2's start: with each residual block as the identity, the weight of its last GroupNorm
+    # at 0 (Goyal et al., 2017, section 5.1), and with a mask predictor as large as He et al., 2015.
+    cfg.MODEL.GNWS.SCRATCH_INIT = True
 
     # The IoU from which the best anchors of an object are positive although it is below
     # MODEL.RPN.IOU_THRESHOLDS. 0: Detectron2's rule, from any IoU. MMDetection's 0.3 leaves out

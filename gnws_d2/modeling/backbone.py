@@ -56,11 +56,16 @@ def build_resnet_gnws_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 
 def _initialize(resnet: ResNet, cfg: CfgNode) -> None:
-    if "GNWS" in cfg.MODEL and cfg.MODEL.GNWS.ZERO_INIT_RESIDUAL:
+    if starts_from_scratch(cfg):
         for block in resnet.modules():
             if isinstance(block, CNNBlockBase) and not isinstance(block, BasicStem):
                 last = block.conv2 if isinstance(block, BasicBlock) else block.conv3
                 nn.init.zeros_(last.norm.weight)
+
+
+def starts_from_scratch(cfg: CfgNode) -> bool:
+    """Return whether ``MODEL.GNWS.SCRATCH_INIT`` applies: there are no weights to load."""
+    return "GNWS" in cfg.MODEL and cfg.MODEL.GNWS.SCRATCH_INIT and not cfg.MODEL.WEIGHTS
 
 
 def checkpoint_activations(backbone: nn.Module) -> None:

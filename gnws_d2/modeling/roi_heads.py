@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import fvcore.nn.weight_init as weight_init
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_BOX_HEAD_REGISTRY, ROI_MASK_HEAD_REGISTRY
@@ -9,7 +10,7 @@ from detectron2.modeling.roi_heads import FastRCNNConvFCHead, MaskRCNNConvUpsamp
 from torch import nn
 
 from ..layers import WSConv2d, convert_ws_conv
-from .backbone import check_keys
+from .backbone import check_keys, starts_from_scratch
 
 
 class _GNWSHead(nn.Module):
@@ -46,3 +47,18 @@ class MaskRCNNConvUpsampleGNWSHead(_GNWSHead, MaskRCNNConvUpsampleHead):
     """
 
     section = "ROI_MASK_HEAD"
+
+    @configurable
+    def __init__(self, *args, scratch_init: bool = False, **kwargs):
+        """
+        As in the head of Detectron2, whose predictor starts with a deviation of 0.001.
+        `scratch_init`: whether it starts as MMDetection's, see ``MODEL.GNWS.SCRATCH_INIT``.
+        """
+        super().__init__(*args, **kwargs)
+        if scratch_init:
+            weight_init.c2_msra_fill(self.predictor)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        ret = super().from_config(cfg, input_shape)
+        return {**ret, "scratch_init": starts_from_scratch(cfg)}

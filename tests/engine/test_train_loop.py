@@ -147,7 +147,7 @@ def make_detector(masks):
     torch.manual_seed(0)
     cfg = model_zoo.get_config("quick_start")
     cfg.MODEL.DEVICE, cfg.MODEL.MASK_ON = "cpu", masks
-    cfg.MODEL.GNWS.ZERO_INIT_RESIDUAL = False  # with random weights, all blocks should matter
+    cfg.MODEL.GNWS.SCRATCH_INIT = False  # with random weights, all blocks should matter
     cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = 10_000
     cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = 20
     cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 64

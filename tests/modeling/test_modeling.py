@@ -27,7 +27,7 @@ from gnws_d2.utils.errors import UserError
 def get_config(name="mask_rcnn_R50_gnws_2x"):
     cfg = model_zoo.get_config(name)
     cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.GNWS.ZERO_INIT_RESIDUAL = False  # with random weights, all blocks should matter
+    cfg.MODEL.GNWS.SCRATCH_INIT = False  # with random weights, all blocks should matter
     return cfg
 
 
@@ -195,7 +195,7 @@ def test_backbone_without_fpn_has_detectron2s_features():
 @pytest.mark.parametrize("depth", [18, 50])
 def test_residual_blocks_start_as_the_identity(name, depth):
     cfg = get_config()
-    cfg.MODEL.GNWS.ZERO_INIT_RESIDUAL = True
+    cfg.MODEL.GNWS.SCRATCH_INIT, cfg.MODEL.WEIGHTS = True, ""
     cfg.MODEL.RESNETS.DEPTH = depth
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64 if depth == 18 else 256
     backbone = BACKBONE_REGISTRY.get(name)(cfg, ShapeSpec(channels=3))
@@ -206,6 +206,17 @@ def test_residual_blocks_start_as_the_identity(name, depth):
     for block in (block for stage in resnet.stages for block in stage):
         norms = [m.norm.weight for m in block.modules() if isinstance(m, WSConv2d)]
         assert sum(not w.any() for w in norms) == 1
+
+
+@pytest.mark.parametrize("weights", ["", "backbone.pth"])
+def test_mask_predictor_starts_as_mmdetections_without_weights_and_else_as_detectron2s(weights):
+    """MMDetection: ``kaiming_init``, by the number of outputs; Detectron2: 0.001."""
+    cfg = get_config()
+    cfg.MODEL.GNWS.SCRATCH_INIT, cfg.MODEL.WEIGHTS = True, weights
+    predictor = build_model(cfg).roi_heads.mask_head.predictor
+    deviation = 0.001 if weights else (2 / 80) ** 0.5
+    assert predictor.weight.std().item() == pytest.approx(deviation, rel=0.02)
+    assert not predictor.bias.any()
 
 
 @pytest.mark.parametrize("section", ["RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"])
