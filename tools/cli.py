@@ -143,7 +143,7 @@ def finetune(parser: ArgumentParser) -> None:
     _add_number(parser, "--batch-size", 2, "images in memory at once, per process")
     _add_number(parser, "--num-gpus", 1, "GPUs, or processes with MODEL.DEVICE cpu")
     _add_number(parser, "--patience", 0, "stop after N evaluations without a better AP; 0: never")
-    text = "change images at random: color and scale, or large-scale jitter and pasted objects"
+    text = "change images at random: color and scale (default), or also paste objects"
     add("--augment", choices=["none", "light", "strong"], help=text)
     add("--any-orientation", action="store_true", help="also turn images by quarter turns")
     add("--resume", action="store_true", help="continue the run in --output")

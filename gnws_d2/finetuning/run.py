@@ -50,7 +50,7 @@ def finetune(
         batch_size: the images that a process holds at once; it accumulates the rest of a batch.
         num_gpus: the number of GPUs, or of processes with ``MODEL.DEVICE cpu``.
         patience: stop after this number of evaluations without a better AP; 0 for never.
-        augment: ``INPUT.AUGMENTATION``: "none" (default), "light", or "strong", which with masks
+        augment: ``INPUT.AUGMENTATION``: "none", "light" (default), or "strong", which with masks
             also pastes objects of other images.
         any_orientation: also train on images turned by 90, 180 and 270 degrees.
         resume: continue the run in `output`, with its data and config. Only `num_gpus` and `opts`

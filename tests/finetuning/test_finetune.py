@@ -233,24 +233,25 @@ def test_dry_run_shows_the_data_and_trains_nothing(small, tmp_path, capsys):
     assert not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS  # pictures without objects are trained on
 
 
-@pytest.mark.parametrize("augment", [None, "light", "strong"])
+@pytest.mark.parametrize("augment", [None, "none", "light", "strong"])
 @pytest.mark.parametrize("masks", [True, False])
 def test_augmentation_is_chosen_and_shown(small, tmp_path, capsys, augment, masks):
     root, coco = small
     (as_coco if masks else as_voc)(root, coco)
-    out = str(tmp_path / "out")
+    out, turned = str(tmp_path / "out"), augment == "light"
     config = gnws_d2.finetune(
-        str(root), output=out, model="quick_start", augment=augment, any_orientation=bool(augment),
+        str(root), output=out, model="quick_start", augment=augment, any_orientation=turned,
         dry_run=True,
     )  # fmt: skip
     given = load_config(config, []).INPUT
-    assert given.AUGMENTATION == (augment or "none") and given.ANY_ORIENTATION is bool(augment)
+    assert given.AUGMENTATION == (augment or "light") and given.ANY_ORIENTATION is turned
     assert given.COPY_PASTE == (0.5 if augment == "strong" and masks else 0)
     shown = capsys.readouterr().out
     assert ("INPUT.COPY_PASTE" in shown) == (augment == "strong" and masks)
-    assert re.search(r"INPUT.AUGMENTATION +\w+ +(without )?--augment", shown)
+    reason = "--augment" if augment else "better on small data"
+    assert re.search(rf"INPUT.AUGMENTATION +\w+ +{reason}", shown)
     data, _, training = (tmp_path / "out/data/preview.html").read_text().partition("As in training")
-    assert data.count("<img") == 4 and training.count("<img") == 16 * bool(augment)
+    assert data.count("<img") == 4 and training.count("<img") == 16 * (augment != "none")
     if augment == "strong":
         sizes = re.findall(r"<figcaption>\S+, (\d+) x (\d+), \d+ objects", training)
         assert {*sizes} == {(str(given.MAX_SIZE_TRAIN),) * 2} and len(sizes) == 16
