@@ -18,60 +18,33 @@ IGNORED = "__ignore__"  # the name of a region with objects of all classes, labe
 
 @dataclass(slots=True)
 class Object:
-    """
-    An object of a picture, as its label file has it.
+    """An object of a picture, as its label file has it."""
 
-    Attributes:
-        where: its file, and line or id, for messages.
-        name: its class.
-        box: x, y, width and height.
-        segmentation: polygons or RLE, as in COCO.
-        area: as the label gives it.
-        crowd: whether it is COCO's ``iscrowd`` or Pascal VOC's ``difficult``.
-        rectangle: whether it was drawn as a rectangle, which then is its outline, too.
-        relative: whether the coordinates are from 0 to 1.
-        fault: why it cannot be used, if it cannot.
-        repairs: what was repaired in it.
-        encoded: whether the segmentation is an RLE of :func:`encode_mask`, which has no fault.
-    """
-
-    where: str
-    name: str
-    box: Any = None
-    segmentation: Any = None
-    area: Any = None
-    crowd: bool = False
-    rectangle: bool = False
-    relative: bool = False
-    fault: str = ""
-    repairs: tuple[str, ...] = ()
-    encoded: bool = False
+    where: str  # its file, and line or id, for messages
+    name: str  # its class
+    box: Any = None  # x, y, width and height
+    segmentation: Any = None  # polygons or RLE, as in COCO
+    area: Any = None  # as the label gives it
+    crowd: bool = False  # COCO's iscrowd or Pascal VOC's difficult
+    rectangle: bool = False  # it was drawn as a rectangle, which then is its outline, too
+    relative: bool = False  # the coordinates are from 0 to 1
+    fault: str = ""  # why it cannot be used, if it cannot
+    repairs: tuple[str, ...] = ()  # what was repaired in it
+    encoded: bool = False  # the segmentation is an RLE of `encode_mask`, which has no fault
 
 
 @dataclass(slots=True)
 class Label:
-    """
-    The objects of one picture in a label file.
+    """The objects of one picture in a label file."""
 
-    Attributes:
-        file: the label file, relative to the root of the dataset.
-        named: the path of the picture in the label file.
-        stems: the names without suffix that the picture may have.
-        size: width and height of the picture in the label file.
-        objects: a list of :class:`Object`.
-        root: the directory of the dataset.
-        picture: the file of the picture, relative to `root`, once it is found.
-        split: "train", "val", "test" or "all".
-    """
-
-    file: str
-    named: str | None = None
-    stems: tuple[str, ...] = ()
-    size: Any = None
+    file: str  # relative to the root of the dataset
+    named: str | None = None  # the path of the picture in the label file
+    stems: tuple[str, ...] = ()  # the names without suffix that the picture may have
+    size: Any = None  # width and height of the picture in the label file
     objects: list[Object] = field(default_factory=list)
-    root: str = ""
-    picture: str | None = None
-    split: str = "all"
+    root: str = ""  # the directory of the dataset
+    picture: str | None = None  # its file, relative to `root`, once it is found
+    split: str = "all"  # or "train", "val", "test"
 
     @property
     def path(self) -> str:
@@ -128,16 +101,13 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
 
 def paste(part: np.ndarray, x: float, y: float, size: Sequence[Any]) -> dict[str, Any]:
     """Return the RLE of a mask at x, y of a picture with width and height; the rest is cut off."""
-    width, height = (int(to_number(v) or 0) for v in size)
-    x, y = int(x), int(y)
+    width, height, x, y = (int(to_number(v) or 0) for v in (*size, x, y))
     if not is_size(width, height):
         raise ValueError("its label does not have the size of the picture")
     full = np.zeros((height, width), np.uint8)
-    x1, y1, x2, y2 = max(x, 0), max(y, 0), x + part.shape[1], y + part.shape[0]
-    if x2 > x1 and y2 > y1:
-        inside = part[y1 - y :, x1 - x :]
-        target = full[y1:y2, x1:x2]
-        target[:] = inside[: target.shape[0], : target.shape[1]]
+    inside = part[max(-y, 0) :, max(-x, 0) :]
+    target = full[max(y, 0) :, max(x, 0) :][: inside.shape[0], : inside.shape[1]]
+    target[:] = inside[: target.shape[0], : target.shape[1]]
     return encode_mask(full)
 
 

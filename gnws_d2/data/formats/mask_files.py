@@ -1,5 +1,6 @@
 """The content of mask files: their values, and the objects that these are."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import cv2
@@ -21,44 +22,28 @@ _MAX_OBJECTS = 10_000  # in a picture; more values are those of a photograph
 _FEW = 100  # numbers in a mask; of more, which are rare, the objects are read in a second pass
 _NEAR = 32  # values of a compressed mask that are taken for 0, or for the highest
 
+# The RLE of each connected part of each number, or of all of a mask that is one object.
+_Parts = dict[int, list[dict[str, Any]]]
+
 
 class Values(NamedTuple):
-    """
-    The values of a mask.
+    """The values of a mask."""
 
-    Attributes:
-        numbers: those other than 0, at most 1,000.
-        is_blurred: whether compression or resizing has changed them.
-        is_two_valued: whether nearly all are near 0 or near the highest.
-        size: width and height.
-        parts: the RLE of each connected part of each number, or of all of a mask that is one
-            object; None if the mask is to be read again.
-    """
-
-    numbers: tuple[int, ...]
-    is_blurred: bool
-    is_two_valued: bool
-    size: tuple[int, int]
-    parts: dict[int, list[dict[str, Any]]] | None
+    numbers: tuple[int, ...]  # those other than 0, at most 1,000
+    is_blurred: bool  # whether compression or resizing has changed them
+    is_two_valued: bool  # whether nearly all are near 0 or near the highest
+    size: tuple[int, int]  # width and height
+    parts: _Parts | None  # None if the mask is to be read again
 
 
 class Reading(NamedTuple):
-    """
-    The meaning of the values in all masks of a dataset.
+    """The meaning of the values in all masks of a dataset."""
 
-    Attributes:
-        blurred: whether all above half of the highest is an object.
-        numbers: whether each value is an object, or else each connected part.
-        by_class: whether each value is a class.
-        known: the values that are objects; others are void.
-        class_names: of colors.
-    """
-
-    blurred: bool
-    numbers: bool
-    by_class: bool
-    known: set[int]
-    class_names: dict[tuple[int, ...], str]
+    blurred: bool  # whether all above half of the highest is an object
+    numbers: bool  # whether each value is an object, or else each connected part
+    by_class: bool  # whether each value is a class
+    known: set[int]  # the values that are objects; others are void
+    class_names: dict[tuple[int, ...], str]  # of colors
 
 
 def _decode(path: str, colors: bool = False) -> np.ndarray:
@@ -86,87 +71,68 @@ def _is_jpeg(path: str) -> bool:
     return path.lower().endswith((".jpg", ".jpeg", ".jfif"))
 
 
-def read_values(job: tuple[str, bool]) -> Values:
-    """
-    Return the values of a mask.
+def _encode(mask: np.ndarray, numbers: Iterable[int], is_one: bool) -> _Parts:
+    if is_one:
+        return {1: [encode_mask(mask != 0)] if mask.any() else []}
+    return {number: encode_parts(mask == number) for number in numbers}
 
-    Args:
-        job: the path of a mask, and whether it is one object.
 
-    Raises:
-        UserError: if the file is not an image.
-    """
-    path, is_one = job
-    mask = _decode(path)
-    size = (mask.shape[1], mask.shape[0])
-    parts = ({1: [encode_mask(mask != 0)]} if mask.any() else {}) if is_one else None
+def read_values(path: str, is_one: bool) -> Values:
+    """Return the values of a mask, which may be one object. Raise UserError if it is no image."""
+    mask, is_jpeg = _decode(path), _is_jpeg(path)
     if mask.dtype != np.uint8:
         values = np.unique(mask)
-        blurred = _is_jpeg(path) or len(values) > _MAX_OBJECTS
-        return Values(tuple(int(n) for n in values[:1001] if n), blurred, not blurred, size, parts)
-    counts = cv2.calcHist([mask], [0], None, [256], [0, 256]).ravel().astype(int)
-    highest = int(counts.nonzero()[0][-1])
-    between = counts[_NEAR : max(highest - _NEAR, _NEAR)]
-    bright = int(counts[max(highest - _NEAR, 1) :].sum())
-    is_two_valued = not highest or (highest >= 128 and int(between.sum()) < 0.5 * bright)
-    is_jpeg = _is_jpeg(path)
-    # Smoothing makes values between the two, or close below the highest.
-    is_blurred = is_jpeg or (is_two_valued and int((counts[_NEAR:highest] > 0).sum()) > 3)
-    numbers = tuple((counts[1:].nonzero()[0] + 1).tolist())
-    is_two_valued = is_two_valued or (highest < 128 and not is_jpeg)
-    if not is_one and not is_blurred and len(numbers) <= _FEW:
-        parts = {number: encode_parts(mask == number) for number in numbers}
-    return Values(numbers, is_blurred, is_two_valued, size, parts)
+        numbers = tuple(int(n) for n in values[:1001] if n)
+        is_blurred = is_jpeg or len(values) > _MAX_OBJECTS
+        is_two_valued = not is_blurred
+    else:
+        counts = cv2.calcHist([mask], [0], None, [256], [0, 256]).ravel().astype(int)
+        numbers = tuple((counts[1:].nonzero()[0] + 1).tolist())
+        highest = max(numbers, default=0)
+        between = counts[_NEAR : max(highest - _NEAR, _NEAR)]
+        bright = int(counts[max(highest - _NEAR, 1) :].sum())
+        is_two_valued = not highest or (highest >= 128 and int(between.sum()) < 0.5 * bright)
+        # Smoothing makes values between the two, or close below the highest.
+        is_blurred = is_jpeg or (is_two_valued and int((counts[_NEAR:highest] > 0).sum()) > 3)
+        is_two_valued = is_two_valued or (highest < 128 and not is_jpeg)
+    parts = None
+    if is_one or (not is_blurred and len(numbers) <= _FEW):
+        parts = _encode(mask, numbers, is_one)
+    return Values(numbers, is_blurred, is_two_valued, mask.shape[::-1], parts)
 
 
-def find_objects(
-    values: Values, job: tuple[str, bool, Reading]
-) -> tuple[list[tuple[str, Any]], bool] | None:
-    """Return what :func:`read_objects` returns, or None if that must read the mask again."""
-    path, is_one, reading = job
-    if values.parts is None or reading.blurred:
-        return None
+def read_objects(
+    path: str, is_one: bool, values: Values, reading: Reading
+) -> tuple[list[tuple[str, Any]], bool]:
+    """
+    Return the class and the RLE of each object of a mask, and whether a value has several separate
+    parts.
+    """
+    parts = values.parts
+    if parts is None or reading.blurred:
+        mask = _decode(path)
+        if reading.blurred:
+            parts = _encode(mask > mask.max() / 2, [1], is_one)
+        else:
+            numbers = reading.known.intersection(np.unique(mask).tolist())
+            parts = _encode(mask, sorted(numbers), is_one)
     if is_one or not (reading.numbers or reading.by_class):
-        return [(ONE_CLASS, rle) for rles in values.parts.values() for rle in rles], False
-    if reading.by_class or _OBJECTS in path:
-        return None
-    known = [rles for number, rles in values.parts.items() if number in reading.known]
-    whole = [rles[0] if len(rles) == 1 else mask_util.merge(rles) for rles in known]
-    return [(ONE_CLASS, rle) for rle in whole], any(len(rles) > 1 for rles in known)
-
-
-def read_objects(job: tuple[str, bool, Reading]) -> tuple[list[tuple[str, Any]], bool]:
-    """
-    Args:
-        job: the path of a mask, whether it is one object, and the meaning of the values.
-
-    Returns:
-        The class and the RLE of each object, and whether a value has several separate parts.
-    """
-    path, is_one, reading = job
-    mask = _decode(path)
-    if reading.blurred:
-        mask = (mask > mask.max() / 2).astype(np.uint8)
-    if is_one:
-        return [(ONE_CLASS, encode_mask(mask != 0))] if mask.any() else [], False
-    if not reading.numbers and not reading.by_class:
-        return [(ONE_CLASS, rle) for rle in encode_parts(mask != 0)], False
+        return [(ONE_CLASS, rle) for rles in parts.values() for rle in rles], False
     classes = None
     if reading.by_class or _OBJECTS in path:  # in Pascal VOC's layout, (H, W, 3)
         classes = _decode(path.replace(_OBJECTS, "SegmentationClass"), True)
-    objects, apart = [], False
-    values = np.unique(mask) if mask.dtype != np.uint8 else np.bincount(mask.ravel()).nonzero()[0]
-    for number in sorted(reading.known.intersection(values.tolist())):
-        own, name = mask == number, ONE_CLASS
+    objects: list[tuple[str, Any]] = []
+    known = [rles for number, rles in parts.items() if number in reading.known and rles]
+    for rles in known:
+        whole, name = rles[0] if len(rles) == 1 else mask_util.merge(rles), ONE_CLASS
         if classes is not None:
-            colors, counts = np.unique(classes[own], axis=0, return_counts=True)
+            own = classes[mask_util.decode(whole).astype(bool)]
+            colors, counts = np.unique(own, axis=0, return_counts=True)
             color = tuple(colors[counts.argmax()].tolist())
             name = reading.class_names.get(color, "class " + "-".join(map(str, color)))
-        parts = encode_parts(own)
-        apart = apart or len(parts) > 1
-        rles = parts if reading.by_class else [encode_mask(own)]
-        objects += [(name, rle) for rle in rles if name != "background"]
-    return objects, apart
+        if name != "background":
+            objects += [(name, rle) for rle in (rles if reading.by_class else [whole])]
+    return objects, any(len(rles) > 1 for rles in known)
 
 
 def read_class_names(tree: Tree) -> dict[tuple[int, ...], str]:

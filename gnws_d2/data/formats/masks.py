@@ -3,6 +3,7 @@ Masks: an image for each picture, with a number or color for each object, or wit
 value; or an image for each object, in a directory of the picture's name or with its name in front.
 """
 
+import itertools
 import logging
 import re
 from collections import defaultdict
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 
 from ...utils.errors import UserError
 from .label import Label, Object
-from .mask_files import Reading, find_objects, read_class_names, read_objects, read_values
+from .mask_files import Reading, read_class_names, read_objects, read_values
 from .tree import MASK_DIRECTORY, MASK_STEM, Tree, map_files, stem, stems_before
 
 _VOID = 255  # beside numbers
@@ -29,8 +30,8 @@ def parse_all(tree: Tree, files: list[str]) -> Iterator[Label]:
     for file in files:
         of_picture[tree.find_picture(file, None, _stems(file)) or file].append(file)
     is_one = {f: len(own) > 1 or _is_part(f, p) for p, own in of_picture.items() for f in own}
-    jobs = [(tree.path(file), is_one[file]) for file in files]
-    values = dict(zip(files, map_files(read_values, jobs, "Reading masks")))
+    jobs = [tree.path(file) for file in files], [is_one[file] for file in files]
+    values = dict(zip(files, map_files(read_values, "Reading masks", *jobs)))
     whole = {f: v for f, v in values.items() if not is_one[f]}
     blurred = any(v.is_blurred for v in values.values())
     if bad := [f for f, v in values.items() if blurred and not v.is_two_valued]:
@@ -44,14 +45,10 @@ def parse_all(tree: Tree, files: list[str]) -> Iterator[Label]:
     by_class = "segmentationclass" in files[0].lower()
     several = any(len(v.numbers) > 1 for v in whole.values()) or len(numbers) > 1
     reading = Reading(blurred, several and not blurred, by_class, numbers, read_class_names(tree))
-    found = {}
-    parts = {file: (tree.path(file), is_one[file], reading) for file in files}
-    for file, job in list(parts.items()):
-        if objects := find_objects(values[file], job):
-            found[file] = objects
-            del parts[file]
-    again = map_files(read_objects, parts.values(), "Reading objects of masks")
-    found.update(zip(parts, again))
+    objects = map_files(
+        read_objects, "Reading objects of masks", *jobs, values.values(), itertools.repeat(reading)
+    )
+    found = dict(zip(files, objects))
     if reading.numbers and not by_class and any(apart for _, apart in found.values()):
         logging.getLogger(__name__).warning(
             f"--data {tree.root}: some values of the masks have separate parts. The values are "

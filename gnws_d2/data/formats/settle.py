@@ -120,7 +120,7 @@ def _open_pictures(labels: list[Label], notes: Notes, skip_bad_images: bool) -> 
     kept = [label for label in labels if not label.picture]
     for label in kept:
         label.size = (0, 0)  # all its objects have a fault
-    for label, path, found in zip(with_picture, paths, map_files(_open, paths, "Opening pictures")):
+    for label, path, found in zip(with_picture, paths, map_files(_open, "Opening pictures", paths)):
         if isinstance(found, str):
             if not skip_bad_images:
                 raise UserError(f"{found} INPUT.ON_BAD_IMAGE skip leaves such pictures out.")

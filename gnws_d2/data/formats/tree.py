@@ -5,7 +5,7 @@ import functools
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from ..check import parse_json
 from ..dataset_mapper import IMAGE_SUFFIXES
 
 _LEFT_BEHIND = r"\.|__MACOSX$|.*[Vv]isuali[sz]ation$"  # directories
-_IMAGE_SUFFIXES = (*IMAGE_SUFFIXES, ".jfif")
 _SPLITS = {
     "train": r"train(ing)?[\d_-]*",
     "val": r"val(id(ation)?)?[\d_-]*",
@@ -39,32 +38,23 @@ MASK_STEM = r"(.+?)[_-](mask|label|seg|segmentation|gt|instances?)"
 
 class Tree:
     """
-    The files below a directory, in natural order (2 before 10). Hidden files and what tools leave
-    behind are not among them.
-
-    Args:
-        root: the directory. Symbolic links in it are followed.
-
-    Attributes:
-        root (str): the directory.
-        files, pictures, masks (list[str]): paths relative to `root` of all files, of the images
-            and of those images that are masks.
-        classes (dict[str, int]): the number of each class, from 1, as the data numbers them.
+    The files below a directory, without hidden ones and what tools leave behind. Symbolic links in
+    the directory are followed. Paths are relative to it, in natural order (2 before 10).
     """
 
     def __init__(self, root: str):
         self.root = root
         self.files = sorted(_walk(root), key=natural_key)
-        images = self.with_suffix(*_IMAGE_SUFFIXES)
+        images = self.with_suffix(*IMAGE_SUFFIXES)
         others = set(self.files).difference(images)
         masks = _find_masks(images, {os.path.splitext(file)[0] for file in others})
         self.pictures = [f for f in images if f not in masks]
         self.masks = [f for f in images if f in masks]
+        self.classes: dict[str, int] = {}  # the number of each, from 1, as the data numbers them
         self._of_stem: dict[str, list[str]] = defaultdict(list)
         for picture in self.pictures:
             self._of_stem[stem(picture).lower()].append(picture)
         self._by_lower = {file.lower(): file for file in self.files}
-        self.classes: dict[str, int] = {}
 
     def path(self, file: str) -> str:
         """The path of a file, for messages and for opening it."""
@@ -194,12 +184,13 @@ class Tree:
         return found
 
 
-def map_files(function: Callable, files: Iterable[Any], what: str) -> Iterator[Any]:
+def map_files(
+    function: Callable, what: str, files: Sequence[str], *more: Iterable[Any]
+) -> Iterator[Any]:
     """Map a function over files with all cores, and a progress bar where it takes over 2 s."""
-    files = list(files)
     # OpenCV, Pillow and NumPy release the GIL.
     with ThreadPoolExecutor(num_usable_cores()) as pool:
-        yield from tqdm(pool.map(function, files, chunksize=1), what, len(files), delay=2)
+        yield from tqdm(pool.map(function, files, *more), what, len(files), delay=2)
 
 
 def natural_key(name: str) -> list[Any]:
