@@ -1,9 +1,8 @@
 """Read a dataset in COCO format, and find its issues."""
 
-import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import orjson
@@ -78,34 +77,29 @@ def find_issues(coco: dict[str, Any], image_root: str, *, masks: bool) -> Iterat
         image_root: directory of the images. Symbolic links in it are followed.
         masks: whether every annotation needs a segmentation.
     """
-    # By id, as they are found.
-    known: dict[str, dict[Any, dict[str, Any]]] = {items: {} for items in _ITEMS}
-    finders: dict[str, Callable[[dict[str, Any]], _Found]] = {
-        "categories": _find_category_issues,
-        "images": lambda image: _find_image_issues(image, image_root),
-        "annotations": lambda annotation: _find_annotation_issues(annotation, known, masks),
-    }
+    known: dict[str, dict[Any, dict[str, Any]]] = {items: {} for items in _ITEMS}  # by id
     for items, item in _ITEMS.items():
         for content in coco[items]:
-            found = itertools.chain(_find_id_issues(content, known[items]), finders[items](content))
-            for level, key, what in found:
+            for level, key, what in _find_item_issues(items, content, known, image_root, masks):
                 message = f"{item} id {shorten(content.get('id'))} {what}"
                 yield Issue(level, item, content.get("id"), key, message)
 
 
-def _find_id_issues(item: dict[str, Any], known: dict[Any, dict[str, Any]]) -> _Found:
-    """Find the issues of an id, and add the item to those that are known."""
+def _find_item_issues(
+    items: str, item: dict[str, Any], known: dict[str, dict], image_root: str, masks: bool
+) -> _Found:
+    """Find the issues of an item, and add it to those that are known."""
     if not _is_id(item.get("id")):
         yield "error", "id", "is not a whole number from 0."
-    elif item["id"] in known:
+    elif item["id"] in known[items]:
         yield "error", "id", "is not unique."
     else:
-        known[item["id"]] = item
-
-
-def _find_category_issues(category: dict[str, Any]) -> _Found:
-    name = category.get("name")
-    if not is_name(name):
+        known[items][item["id"]] = item
+    if items == "images":
+        yield from _find_image_issues(item, image_root)
+    elif items == "annotations":
+        yield from _find_annotation_issues(item, known, masks)
+    elif not is_name(name := item.get("name")):
         yield "error", "name", f"has the name {shorten(name)}, which is not printable text."
 
 
@@ -129,7 +123,7 @@ def _find_image_issues(image: dict[str, Any], image_root: str) -> _Found:
 
 
 def _find_annotation_issues(
-    annotation: dict[str, Any], known: dict[str, dict[Any, dict[str, Any]]], masks: bool
+    annotation: dict[str, Any], known: dict[str, dict], masks: bool
 ) -> _Found:
     image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
     if not _is_id(category_id) or category_id not in known["categories"]:
@@ -168,8 +162,16 @@ def _find_box_issues(annotation: dict[str, Any], width: int, height: int) -> _Fo
 
 def _find_mask_issues(segmentation: Any, masks: bool, width: int, height: int) -> _Found:
     if segmentation and isinstance(segmentation, list):
+        longer = max(width, height)
         for polygon in segmentation:
-            level, what = _find_polygon_issue(polygon, masks, width, height)
+            level, what = "error", ""
+            if not are_numbers(polygon):
+                what = "is not a list of finite numbers."
+            elif not is_polygon(polygon):
+                # Detectron2 leaves it out, but COCO's evaluation takes it for a box.
+                level, what = "evaluation" if masks else "warning", "has fewer than three points."
+            elif min(polygon) < -longer or max(polygon) > 2 * longer:
+                what = f"is far over the edge of its image of {width}x{height}."
             if what:
                 yield level, "segmentation", f"has the polygon {shorten(polygon)}, which {what}"
     elif segmentation and isinstance(segmentation, dict):
@@ -178,19 +180,6 @@ def _find_mask_issues(segmentation: Any, masks: bool, width: int, height: int) -
     elif segmentation or masks:
         what = f"has the segmentation {shorten(segmentation)}: give polygons or RLE, or set "
         yield "error", "segmentation", what + "MODEL.MASK_ON False to train boxes only."
-
-
-def _find_polygon_issue(polygon: Any, masks: bool, width: int, height: int) -> tuple[str, str]:
-    """Return the level and the end of a sentence, which is empty for a polygon without issue."""
-    longer = max(width, height)
-    if not are_numbers(polygon):
-        return "error", "is not a list of finite numbers."
-    if not is_polygon(polygon):
-        # Detectron2 leaves it out, but COCO's evaluation takes it for a box.
-        return "evaluation" if masks else "warning", "has fewer than three points."
-    if min(polygon) < -longer or max(polygon) > 2 * longer:
-        return "error", f"is far over the edge of its image of {width}x{height}."
-    return "", ""
 
 
 def _size(image: dict[str, Any]) -> tuple[int, int] | None:

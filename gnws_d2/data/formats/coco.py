@@ -10,8 +10,6 @@ from ..rules import is_name, to_number
 from .label import Label, Object
 from .tree import Tree
 
-_OF_OBJECTS = ("bbox", "segmentation")
-
 
 def find(tree: Tree) -> list[str]:
     """Return the label files of this format."""

@@ -12,7 +12,7 @@ from .yolo_data import find_data_file
 
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "test": "test"}  # by name
 
-_Entries = Iterator[tuple[str, str, list[str]]]  # name of a split, entry, and where it may be
+_Lists = Iterator[list[tuple[str, str, list[str]]]]
 
 
 def assign_splits(tree: Tree, labels: list[Label]) -> list[Label]:
@@ -25,18 +25,17 @@ def assign_splits(tree: Tree, labels: list[Label]) -> list[Label]:
         if label.split == "all" and label.picture is not None:
             found = [split for split, pictures in listed.items() if label.picture in pictures]
             label.split = found[0] if found else "" if listed else split_of(label.picture)
-    left = [label.picture for label in labels if not label.split]
-    if left:
+    if left := [label for label in labels if not label.split]:
         logging.getLogger(__name__).warning(
             f"{len(left)} pictures are in none of the dataset's lists of {', '.join(listed)}, and "
-            f"are left out: the first is {tree.path(left[0] or '')}."
+            f"are left out: the first is {left[0].path}."
         )
     return [label for label in labels if label.split]
 
 
 def _read_lists(tree: Tree) -> dict[str, set[str]]:
     """Return the pictures of each split, with val before train, or nothing without lists."""
-    for entries in (_of_yaml(tree), _of_image_sets(tree), _of_darknet(tree), _of_root(tree)):
+    for entries in _find_lists(tree):
         found: dict[str, set[str]] = defaultdict(set)
         empty = []
         for name, entry, bases in entries:
@@ -61,29 +60,24 @@ def _read_lists(tree: Tree) -> dict[str, set[str]]:
     return {split: found[split] for split in ("val", "test", "train") if found[split]}
 
 
-def _of_yaml(tree: Tree) -> _Entries:
+def _find_lists(tree: Tree) -> _Lists:
+    """Return the entries of each kind of list: name of a split, entry, and where it may be."""
     file, content = find_data_file(tree)
-    base = os.path.dirname(file)
+    base, entries = os.path.dirname(file), []
+    path = os.path.join(base, str(content.get("path") or ""))
     for name in _SPLITS:
         value = content.get(name) or []
         for entry in value if isinstance(value, list) else [value]:
             if not isinstance(entry, str):
                 raise UserError(f"{tree.path(file)}: {name} is {value!r}, not a path.")
-            yield name, entry, [os.path.join(base, str(content.get("path") or "")), base]
-
-
-def _of_image_sets(tree: Tree) -> _Entries:
-    for file in tree.with_suffix(".txt"):
-        if "imagesets" in file.lower().split("/")[:-2]:
-            yield stem(file), file, []
-
-
-def _of_darknet(tree: Tree) -> _Entries:
+            entries.append((name, entry, [path, base]))
+    yield entries
+    texts = tree.with_suffix(".txt")
+    yield [(stem(f), f, []) for f in texts if "imagesets" in f.lower().split("/")[:-2]]
+    darknet = []
     for file in tree.with_suffix("obj.data"):
         for line in read_text(tree.path(file)).splitlines():
             name, _, entry = (part.strip() for part in line.partition("="))
-            yield name, entry, [os.path.dirname(file)]
-
-
-def _of_root(tree: Tree) -> _Entries:
-    return ((stem(file), file, []) for file in tree.with_suffix(".txt") if "/" not in file)
+            darknet.append((name, entry, [os.path.dirname(file)]))
+    yield darknet
+    yield [(stem(f), f, []) for f in texts if "/" not in f]
