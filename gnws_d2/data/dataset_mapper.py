@@ -35,14 +35,8 @@ class BadImageError(UserError, ValueError):
 
 def read_image(file_name: str, format: str) -> np.ndarray:
     """
-    Decode an image file as `cv2.imread` does, and apply its EXIF orientation.
-
-    Args:
-        file_name: path of the image.
-        format: "BGR" or "RGB".
-
-    Returns:
-        (H, W, 3), uint8.
+    Decode an image file as `cv2.imread` does, and apply its EXIF orientation. Return (H, W, 3),
+    uint8, in the `format` "BGR" or "RGB".
 
     Raises:
         BadImageError: if the file is missing or not a regular file; see :func:`decode_image`, too.
@@ -60,10 +54,7 @@ def read_image(file_name: str, format: str) -> np.ndarray:
 
 def decode_image(data: bytes, name: str, format: str) -> np.ndarray:
     """
-    Decode the contents of an image file: see :func:`read_image`.
-
-    Args:
-        name: what the messages call the image.
+    Decode the contents of an image file, which messages call `name`: see :func:`read_image`.
 
     Raises:
         BadImageError: if the image is damaged, not an image or not of 8 bits, or if it has more
@@ -95,21 +86,6 @@ def decode_image(data: bytes, name: str, format: str) -> np.ndarray:
             f"{image.max():g}: convert all images of the dataset to 8 bits, with one scale."
         )
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if format == "RGB" else image
-
-
-def read_dataset_image(dataset_dict: dict[str, Any], format: str) -> np.ndarray:
-    """
-    Read ``file_name`` as :func:`read_image`, and set the width and height if there are none.
-
-    Raises:
-        BadImageError: see :func:`read_image`; or if the image has another size than in the dataset.
-    """
-    image = read_image(dataset_dict["file_name"], format)
-    try:
-        utils.check_image_size(dataset_dict, image)
-    except utils.SizeMismatchError as e:
-        raise BadImageError(str(e)) from e
-    return image
 
 
 class OpenCVDatasetMapper(DatasetMapper):
@@ -144,12 +120,17 @@ class OpenCVDatasetMapper(DatasetMapper):
             The input with ``image``, a (3, H, W) uint8 tensor, and in training ``instances``.
 
         Raises:
-            BadImageError: see :func:`read_dataset_image`.
+            BadImageError: see :func:`read_image`; or if the image has another size than in the
+                dataset.
         """
         if torch.utils.data.get_worker_info() is not None:
             cv2.setNumThreads(1)  # the workers are the threads
         dataset_dict = copy.deepcopy(dataset_dict)  # it will be modified by code below
-        image = read_dataset_image(dataset_dict, self.image_format)
+        image = read_image(dataset_dict["file_name"], self.image_format)
+        try:
+            utils.check_image_size(dataset_dict, image)  # sets the size if there is none
+        except utils.SizeMismatchError as e:
+            raise BadImageError(str(e)) from e
         aug_input = T.AugInput(image)
         transforms = self.augmentations(aug_input)
         image = aug_input.image
@@ -189,11 +170,9 @@ class OpenCVDatasetMapper(DatasetMapper):
                 keypoint_hflip_indices=self.keypoint_hflip_indices,
             )
             if rasterize:
-                points = [
-                    transforms.apply_coords(np.asarray(p, np.float64).reshape(-1, 2))
-                    for p in polygons
-                ]
-                annotation["segmentation"] = _rasterize([p.ravel() for p in points], image_shape)
+                points = [np.asarray(p, np.float64).reshape(-1, 2) for p in polygons]
+                points = [transforms.apply_coords(p).ravel() for p in points]
+                annotation["segmentation"] = _rasterize(points, image_shape)
             annotations.append(annotation)
         instances = utils.annotations_to_instances(
             annotations, image_shape, self.instance_mask_format
