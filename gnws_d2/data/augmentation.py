@@ -54,21 +54,19 @@ def build_augmentation(cfg: CfgNode, augmentations: list[T.Augmentation]) -> lis
     """
     check_augmentation(cfg)
     size, result = cfg.INPUT.MAX_SIZE_TRAIN, []
-    for augmentation in augmentations:
-        if not isinstance(augmentation, OpenCVResizeShortestEdge):
-            result.append(augmentation)
-        elif cfg.INPUT.AUGMENTATION == "light":
-            edge = augmentation
-            result.append(_JitteredResize(edge.short_edge_length, edge.max_size, edge.sample_style))
+    for aug in augmentations:
+        resizes = isinstance(aug, OpenCVResizeShortestEdge)
+        if resizes and cfg.INPUT.AUGMENTATION == "light":
+            result.append(_JitteredResize(aug.short_edge_length, aug.max_size, aug.sample_style))
             result += [T.RandomBrightness(*_COLOR), T.RandomContrast(*_COLOR)]
             bgr = cfg.INPUT.FORMAT == "BGR"
             result.append((_RandomSaturationBGR if bgr else T.RandomSaturation)(*_COLOR))
-        elif cfg.INPUT.AUGMENTATION == "strong":
+        elif resizes and cfg.INPUT.AUGMENTATION == "strong":
             crop = T.FixedSizeCrop((size, size))
             crop.seg_pad_value = 0  # the default, 255, would add the padding to masks in RLE
             result += [OpenCVResizeScale(*_LARGE_SCALE, size, size), crop]
         else:
-            result.append(augmentation)
+            result.append(aug)
     if cfg.INPUT.ANY_ORIENTATION:  # with a flip, all eight orientations
         result.append(T.RandomRotation([0, 90, 180, 270], sample_style="choice"))
     return result

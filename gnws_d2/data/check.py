@@ -45,10 +45,8 @@ def parse_json(text: bytes) -> Any:
 
 def read_coco_json(json_file: str) -> dict[str, Any]:
     """
-    Read an annotation file, with lists of dicts in "images", "categories" and "annotations".
-
-    Raises:
-        UserError: if it cannot be read or has another format.
+    Read an annotation file, with lists of dicts in "images", "categories" and "annotations". Raise
+    :class:`UserError` if it cannot be read or has another format.
     """
     try:
         with PathManager.open(json_file, "rb") as f, no_garbage_collection():

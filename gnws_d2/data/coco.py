@@ -66,10 +66,8 @@ def check_coco_json(
 
 def read_categories(json_file: str) -> dict[Any, str]:
     """
-    Read the class names of an annotation file by category id, in Detectron2's order.
-
-    Raises:
-        UserError: for a faulty category; see :func:`read_coco_json`, too.
+    Read the class names of an annotation file by category id, in Detectron2's order. Raise
+    :class:`UserError` for a faulty category; see :func:`read_coco_json`, too.
     """
     coco = {**read_coco_json(json_file), "images": [], "annotations": []}
     for issue in find_issues(coco, "", masks=False):
@@ -92,18 +90,14 @@ def class_fields(classes: dict[Any, str]) -> dict[str, Any]:
 @no_garbage_collection()
 def load_coco_json(json_file: str, image_root: str, dataset_name: str) -> list[dict[str, Any]]:
     """
-    Detectron2's :func:`load_coco_json`, in less time and memory: it builds no index.
-
-    Args:
-        json_file, image_root, dataset_name: see Detectron2's.
-
-    Raises:
-        UserError: see :func:`read_coco_json`.
+    Detectron2's :func:`load_coco_json`, in less time and memory: it builds no index. Raise
+    :class:`UserError` as :func:`read_coco_json` does.
     """
     coco = read_coco_json(json_file)
-    class_of = {id: i for i, id in enumerate(_classes(coco))}
+    fields = class_fields(_classes(coco))
     # Not by Metadata.set, which refuses another value: the file may have changed in between.
-    vars(MetadataCatalog.get(dataset_name)).update(class_fields(_classes(coco)))
+    vars(MetadataCatalog.get(dataset_name)).update(fields)
+    class_of = fields["thing_dataset_id_to_contiguous_id"]
     of_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     annotations = coco.pop("annotations")[::-1]
     while annotations:
@@ -137,13 +131,9 @@ def load_coco_json(json_file: str, image_root: str, dataset_name: str) -> list[d
 
 def register_coco_datasets(datasets: Sequence[Sequence[str]]) -> None:
     """
-    Register datasets in COCO format, for ``DATASETS.TRAIN`` and ``DATASETS.TEST``. Reads no file.
-
-    Args:
-        datasets: a (name, annotation file, image directory) for each.
-
-    Raises:
-        UserError: if a name is already taken by another dataset.
+    Register datasets in COCO format, a (name, annotation file, image directory) for each, for
+    ``DATASETS.TRAIN`` and ``DATASETS.TEST``. Reads no file. Raise :class:`UserError` if a name is
+    already taken by another dataset.
     """
     for name, json_file, image_root in datasets:
         if name not in DatasetCatalog:
@@ -162,13 +152,8 @@ def register_coco_datasets(datasets: Sequence[Sequence[str]]) -> None:
 
 def check_datasets(cfg: CfgNode, keys: Sequence[str]) -> None:
     """
-    Check that the datasets of a config exist and have the classes that the model predicts.
-
-    Args:
-        keys: "TRAIN", "TEST" or both.
-
-    Raises:
-        UserError: for the first mistake.
+    Check that the datasets of `keys`, "TRAIN", "TEST" or both, exist and have the classes that the
+    model predicts. Raise :class:`UserError` for the first mistake.
     """
     if "TRAIN" in keys and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a dataset to train on.")

@@ -26,11 +26,8 @@ _MAX_TILT = 0.3  # radians
 def generate_shapes(output_dir: str, num_images: int, seed: int) -> None:
     """
     Draw images of a few separate shapes on a colour gradient, and write ``images/*.png`` and
-    ``annotations.json`` with their polygons. The same arguments always give the same files.
-
-    Args:
-        output_dir: directory to create; it must not exist.
-        num_images, seed: number of images, and seed of their content.
+    ``annotations.json`` with their polygons in `output_dir`, which must not exist. The same
+    arguments always give the same files.
     """
     rng = np.random.RandomState(seed)
     os.makedirs(os.path.join(output_dir, "images"))
@@ -63,21 +60,17 @@ def generate_shapes(output_dir: str, num_images: int, seed: int) -> None:
             x1, y1 = polygon.max(axis=0)
             x, y = polygon.T
             area = abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": int(category) + 1,
-                    "bbox": [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)],
-                    "segmentation": [polygon.round(2).ravel().tolist()],
-                    "area": round(area, 2),
-                    "iscrowd": 0,
-                }
-            )
-        file_name = f"{image_id:06d}.png"
-        cv2.imwrite(os.path.join(output_dir, "images", file_name), image)
+            annotation = {
+                "id": len(annotations) + 1, "image_id": image_id, "category_id": int(category) + 1,
+                "bbox": [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)],
+                "segmentation": [polygon.round(2).ravel().tolist()],
+                "area": round(area, 2), "iscrowd": 0,
+            }  # fmt: skip
+            annotations.append(annotation)
+        name = f"{image_id:06d}.png"
+        cv2.imwrite(os.path.join(output_dir, "images", name), image)
         images.append(
-            {"id": image_id, "file_name": file_name, "width": IMAGE_SIZE, "height": IMAGE_SIZE}
+            {"id": image_id, "file_name": name, "width": IMAGE_SIZE, "height": IMAGE_SIZE}
         )
     categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)]
     with open(os.path.join(output_dir, "annotations.json"), "w") as f:

@@ -18,12 +18,7 @@ _SUFFIXES = {
 
 
 def explain(tree: Tree) -> None:
-    """
-    Look for a format that is known but not read.
-
-    Raises:
-        UserError: if there is one.
-    """
+    """Raise :class:`UserError` if there is a format that is known but not read."""
     what = file = ""
     for name, suffixes in _SUFFIXES.items():
         if found := tree.with_suffix(*suffixes):

@@ -19,10 +19,8 @@ def find_data_file(tree: Tree) -> tuple[str, dict[str, Any]]:
 
 def read_classes(tree: Tree) -> dict[str, int]:
     """
-    Return the number of each class, from 1, by its name.
-
-    Raises:
-        UserError: if there are no names, or different ones in two files.
+    Return the number of each class, from 1, by its name. Raise :class:`UserError` if there are no
+    names, or different ones in two files.
     """
     found = {
         file: _read_names(content, tree.path(file))
