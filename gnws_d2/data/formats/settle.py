@@ -13,16 +13,8 @@ import pycocotools.mask as mask_util
 from PIL import Image
 
 from ...utils.errors import UserError
+from .. import rules
 from ..dataset_mapper import BadImageError, read_image
-from ..rules import (
-    find_box_fault,
-    find_rle_fault,
-    is_polygon,
-    refuse_corners,
-    to_number,
-    to_numbers,
-    to_rle,
-)  # fmt: skip
 from .label import IGNORED, Label, Object, box_of, corners_of, encode_mask
 from .tree import map_files
 
@@ -84,19 +76,19 @@ def settle(
     objects = [object for label in labels for object in label.objects]
     usable = [o for o in objects if not o.fault]
     sizes = [label.size for label in labels for o in label.objects if not o.fault]
-    refuse_corners([o.box for o in usable], sizes, usable[0].where if usable else "")
+    rules.refuse_corners([o.box for o in usable], sizes, usable[0].where if usable else "")
     _settle_crowds(objects)
     if masks is None:
         counted = [o for o in usable if not o.crowd] or usable
         with_masks = sum(o.segmentation is not None for o in counted)
         masks = bool(counted) and 2 * with_masks >= len(counted)
     for object in usable:
-        if masks and object.segmentation is None and object.rectangle:
-            object.segmentation = [corners_of(object.box)]
-        elif masks and object.segmentation is None:
-            object.fault = "it has a box without an outline, unlike most objects"
-        elif not masks:
+        if not masks:
             object.segmentation = None
+        elif object.segmentation is None and object.rectangle:
+            object.segmentation = [corners_of(object.box)]
+        elif object.segmentation is None:
+            object.fault = "it has a box without an outline, unlike most objects"
     faults = [object for object in objects if object.fault]
     for object in faults:
         kind = object.fault.partition(":")[0]
@@ -125,29 +117,30 @@ def describe(coco: Coco) -> str:
 def _open_pictures(labels: list[Label], notes: Notes, skip_bad_images: bool) -> list[Label]:
     """Set the sizes of pictures as they are decoded. Return the labels of those that can be."""
     with_picture = [label for label in labels if label.picture]
-    paths = [label.path for label in with_picture]
     kept = [label for label in labels if not label.picture]
     for label in kept:
         label.size = (0, 0)  # all its objects have a fault
-    for label, path, found in zip(with_picture, paths, map_files(_open, "Opening pictures", paths)):
+    opened = map_files(_open, "Opening pictures", [label.path for label in with_picture])
+    for label, found in zip(with_picture, opened):
         if isinstance(found, str):
             if not skip_bad_images:
                 raise UserError(f"{found} INPUT.ON_BAD_IMAGE skip leaves such pictures out.")
             notes.left_out["picture that cannot be read"].append(found)
             continue
-        given = to_numbers(label.size)
-        turned = given == [*found[1::-1]] and found[2] > 4 and found[0] != found[1]
+        width, height, orientation = found
+        given = rules.to_numbers(label.size) or [0, 0]
+        turned = given == [height, width] != [width, height] and orientation > 4
         for object in label.objects:
             if turned:
-                _turn_object(object, found)
-            elif given and min(given) > 0 and given != [*found[:2]]:
+                _turn_object(object, *found)
+            elif min(given) > 0 and given != [width, height]:
                 object.fault = object.fault or (
                     f"its label has another size than its picture: {given[0]:.0f}x{given[1]:.0f}, "
-                    f"and {path} has {found[0]}x{found[1]}"
+                    f"and {label.path} has {width}x{height}"
                 )
-        if label.size and not (given and min(given) > 0):
-            notes.repairs["size of a picture, which is read from its file"].append(path)
-        label.size = found[:2]
+        if label.size and min(given) <= 0:
+            notes.repairs["size of a picture, which is read from its file"].append(label.path)
+        label.size = (width, height)
         kept.append(label)
     return kept
 
@@ -155,9 +148,11 @@ def _open_pictures(labels: list[Label], notes: Notes, skip_bad_images: bool) -> 
 def _open(path: str) -> tuple[int, int, int] | str:
     """Return width, height and EXIF orientation, or why it cannot be decoded."""
     try:
-        with contextlib.suppress(Exception), Image.open(path) as header:
+        with contextlib.suppress(Exception), Image.open(path) as header, open(path, "rb") as f:
             # Decoding takes ten times as long. It fails for what has no end.
-            if header.format == "JPEG" and _is_whole(path) and math.prod(header.size) < _MANY:
+            f.seek(-2, os.SEEK_END)
+            is_whole = header.format == "JPEG" and f.read() == b"\xff\xd9"
+            if is_whole and math.prod(header.size) < _MANY:
                 turn = header.getexif().get(_EXIF_ORIENTATION, 1)
                 width, height = header.size[:: -1 if turn > 4 else 1]
                 return width, height, turn
@@ -168,15 +163,8 @@ def _open(path: str) -> tuple[int, int, int] | str:
         return str(e)
 
 
-def _is_whole(path: str) -> bool:
-    with open(path, "rb") as f:
-        f.seek(-2, os.SEEK_END)
-        return f.read() == b"\xff\xd9"
-
-
-def _turn_object(object: Object, size: tuple[int, int, int]) -> None:
+def _turn_object(object: Object, width: int, height: int, orientation: int) -> None:
     """Turn an object that was drawn on the stored picture as EXIF turns the picture."""
-    width, height, orientation = size
     flip_x, flip_y = orientation in (6, 7), orientation in (7, 8)
 
     def turn(points: list[float]) -> list[float]:
@@ -184,13 +172,13 @@ def _turn_object(object: Object, size: tuple[int, int, int]) -> None:
         turned = [width - x if flip_x else x, height - y if flip_y else y]
         return np.stack(turned, axis=1).ravel().tolist()
 
-    if (box := to_numbers(object.box)) and len(box) == 4:
+    if (box := rules.to_numbers(object.box)) and len(box) == 4:
         x, y, w, h = box
         object.box = box_of(*turn([x, y, x + w, y + h]))
     if isinstance(object.segmentation, list):
-        object.segmentation = [turn(to_numbers(p) or []) for p in object.segmentation]
-    elif object.segmentation and not find_rle_fault(object.segmentation, height, width):
-        mask = mask_util.decode(to_rle(object.segmentation, width, height)).T
+        object.segmentation = [turn(rules.to_numbers(p) or []) for p in object.segmentation]
+    elif object.segmentation and not rules.find_rle_fault(object.segmentation, height, width):
+        mask = mask_util.decode(rules.to_rle(object.segmentation, width, height)).T
         object.segmentation = encode_mask(mask[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
     object.repairs += ("object of a picture with EXIF orientation, which is turned, too",)
 
@@ -198,7 +186,7 @@ def _turn_object(object: Object, size: tuple[int, int, int]) -> None:
 def _settle_object(object: Object, width: int, height: int) -> None:
     """Make the coordinates of an object pixels and numbers, or say why it cannot be used."""
     given = object.box
-    box = to_numbers(given)
+    box = rules.to_numbers(given)
     object.box = box if box and len(box) == 4 else None
     if object.relative:
         scale = np.array([width, height] * 2, float)
@@ -217,25 +205,25 @@ def _settle_object(object: Object, width: int, height: int) -> None:
         object.repairs += ("box, which is computed from the outline",) * (given is not None)
         object.box = outline
     if object.box is not None:
-        object.fault = find_box_fault(object.box, width, height)
+        object.fault = rules.find_box_fault(object.box, width, height)
     elif given is None:
         object.fault = "it has neither an outline nor a box"
     else:
         object.fault = f"its box is not four numbers: {given!r}"
     if not object.fault and isinstance(given, (list, tuple)) and str in map(type, given):
         object.repairs += ("number that was a string",)
-    if (to_number(object.area) or 0) <= 0:
+    if (rules.to_number(object.area) or 0) <= 0:
         object.area = None
         if object.segmentation and not object.fault:
-            object.area = float(mask_util.area(to_rle(object.segmentation, height, width)))
+            object.area = float(mask_util.area(rules.to_rle(object.segmentation, height, width)))
 
 
 def _settle_segmentation(object: Object, width: int, height: int) -> list[float] | None:
     """Keep polygons and RLE that can be used, and return their box."""
     given = object.segmentation
     has_size = object.encoded and given["size"] == [height, width]
-    if isinstance(given, dict) and (has_size or not find_rle_fault(given, width, height)):
-        rle = to_rle(given, height, width)
+    if isinstance(given, dict) and (has_size or not rules.find_rle_fault(given, width, height)):
+        rle = rules.to_rle(given, height, width)
         if not mask_util.area(rle):
             return None
         if isinstance(rle["counts"], bytes):
@@ -247,17 +235,17 @@ def _settle_segmentation(object: Object, width: int, height: int) -> list[float]
     if given and not isinstance(given[0], (list, tuple)):
         given = [given]
         object.repairs += ("polygon without the list around it",)
-    usable = [p for polygon in given if (p := to_numbers(polygon)) and is_polygon(p)]
+    usable = [p for polygon in given if (p := rules.to_numbers(polygon)) and rules.is_polygon(p)]
     if not usable:
         return None
     if len(usable) < len(given):
         object.repairs += ("outline with a part that cannot be used",)
     points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in usable])
-    (x1, y1), (x2, y2) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
-    if x2 <= x1 or y2 <= y1:
+    corner, size = points.min(axis=0), np.ptp(points, axis=0)
+    if not size.all():
         return None
     object.segmentation = usable
-    return [x1, y1, x2 - x1, y2 - y1]
+    return [*corner.tolist(), *size.tolist()]
 
 
 def _settle_crowds(objects: list[Object]) -> None:
@@ -286,31 +274,26 @@ def _to_coco(labels: list[Label], classes: dict[str, int]) -> dict[str, Coco]:
             logging.getLogger(__name__).info(f"The class {name} has no objects: left out.")
     for name in count:
         ids.setdefault(name, max(ids.values(), default=0) + 1)
-    numbered = sorted((number, name) for name, number in ids.items())
     bases = Counter(_NUMBERED.sub("", name) for name in ids if _NUMBERED.search(name))
     for base in (base for base, number in bases.items() if number > 1):
         logging.getLogger(__name__).warning(
             f"{bases[base]} classes are called {base} and a number: if they are objects of one "
             "class, give them one name."
         )
-    categories = [{"id": number, "name": name} for number, name in numbered]
+    categories = [{"id": ids[name], "name": name} for name in sorted(ids, key=lambda n: ids[n])]
     splits: dict[str, Coco] = {}
-    for label in labels:
-        if label.picture is None:
-            continue
+    for label in (label for label in labels if label.picture):
         empty: Coco = {"images": [], "annotations": [], "categories": categories}
         coco = splits.setdefault(label.split, empty)
         number = len(coco["images"]) + 1
-        width, height = label.size
-        coco["images"].append(
-            {"id": number, "file_name": label.picture, "width": width, "height": height}
-        )
+        size = dict(zip(("width", "height"), label.size))
+        coco["images"].append({"id": number, "file_name": label.picture, **size})
         own = [o for o in label.objects if not o.fault]
         for object, name in ((o, n) for o in own for n in (ids if o.name == IGNORED else [o.name])):
             annotation = {
                 "id": len(coco["annotations"]) + 1, "image_id": number,
                 "category_id": ids[name], "bbox": object.box, "iscrowd": int(object.crowd),
-                "area": to_number(object.area) or object.box[2] * object.box[3],
+                "area": rules.to_number(object.area) or object.box[2] * object.box[3],
             }  # fmt: skip
             if object.segmentation is not None:
                 annotation["segmentation"] = object.segmentation

@@ -107,17 +107,10 @@ class Tree:
         self, label: str, named: str | None = None, stems: Iterable[str] = ()
     ) -> str | None:
         """
-        Find the picture of a label, by the first of these that exists: the longest end of the path
-        that the label names, and the stems, in their order. Of several pictures the nearest: in the
-        directory of the label, in the one that mirrors it, in the same split.
-
-        Args:
-            label: the label file.
-            named: a path or URL in it.
-            stems: the names without suffix that the picture may have.
-
-        Raises:
-            UserError: if several are equally near.
+        Find the picture of a label file, by the first of these that exists: the longest end of the
+        path or URL that is `named` in it, and the names without suffix `stems`, in their order. Of
+        several pictures the nearest: in the directory of the label, in the one that mirrors it, in
+        the same split. Raise :class:`UserError` if several are equally near.
         """
         parts = _parts(urlsplit(named).path if named and "://" in named else named or "")
         for start in range(len(parts)):
@@ -148,15 +141,9 @@ class Tree:
 
     def find_listed(self, entry: str, bases: Iterable[str]) -> set[str] | None:
         """
-        Find the pictures that an entry of a split names: a directory, a list file or a picture.
-
-        Args:
-            entry: a path, relative to one of `bases` or to the root; of one that does not exist,
-                its longest end that does.
-            bases: directories, relative to the root.
-
-        Returns:
-            The pictures, or None if there is nothing that it may name.
+        Find the pictures that an entry of a split names: a directory, a list file or a picture,
+        relative to one of the directories `bases` or to the root; of a path that does not exist,
+        its longest end that does. Return None if there is nothing that it may name.
         """
         parts = _parts(entry) or [""]
         for start in range(len(parts)):
@@ -166,16 +153,14 @@ class Tree:
                 if inside := {p for p in self.pictures if p.lower().startswith(prefix)}:
                     return inside
                 if file := self._by_lower.get(path.lower()):
-                    return self.read_list(file) if path.lower().endswith(".txt") else {file}
+                    return self._read_list(file) if path.lower().endswith(".txt") else {file}
         return None
 
-    def read_list(self, file: str) -> set[str]:
-        """
-        Read the pictures that a list file names, a path, a name or a stem in each line. A flag of
-        -1, 0 or 1 behind it, as in Pascal VOC's lists of a class, is not part of the name.
-        """
+    def _read_list(self, file: str) -> set[str]:
+        """Read the pictures that a list file names, a path, a name or a stem in each line."""
         found = set()
         for name in filter(None, map(str.strip, read_text(self.path(file)).splitlines())):
+            # A flag behind it, as in Pascal VOC's lists of a class, is not part of the name.
             for candidate in (name, re.sub(r"\s+-?[01]$", "", name)):
                 stems = [re.split(r"[\\/]", candidate)[-1]]
                 if picture := self.find_picture(file, candidate, stems):
