@@ -60,14 +60,14 @@ def read_dataset(data: str, notes: Notes | None = None, **options: Any) -> dict[
         labels = list(masks.parse_all(tree, own))
     else:
         labels = [label for file in own for label in format.parse(tree, file)]
-    labels = _pair(tree, labels, format, notes, options.get("skip_bad_images", False))
+    labels = _pair(tree, labels, format, notes, **options)
     if format in _MANY and len(own) > 1:
         for label in labels:
             label.split = split_of_name(label.file)
     labels = assign_splits(tree, labels)
     if format in _MANY and any(label.split != "all" for label in labels):
         for label in labels:  # of a file without a split, among files with one
-            label.split = "train" if label.split == "all" else label.split
+            label.split = label.split.replace("all", "train")
     return _join_splits(tree, settle(labels, tree.classes, notes, **options))
 
 
@@ -101,7 +101,7 @@ def read_coco_files(
         tree = Tree(root)
         tree.classes = classes
         own = list(coco.parse(tree, os.path.abspath(file)))
-        for label in _pair(tree, own, coco, notes, options.get("skip_bad_images", False)):
+        for label in _pair(tree, own, coco, notes, **options):
             label.split = split
             labels.append(label)
     return settle(labels, classes, notes, **options)
@@ -131,7 +131,7 @@ def _find_format(tree: Tree, data: str) -> tuple[str, list[str]]:
 
 
 def _pair(
-    tree: Tree, labels: list[Label], format: Any, notes: Notes, skip_missing: bool
+    tree: Tree, labels: list[Label], format: Any, notes: Notes, **options: Any
 ) -> list[Label]:
     """Find the picture of each label. Return the labels, with empty ones of other pictures."""
     of_picture: dict[str, Label] = {}
@@ -147,7 +147,7 @@ def _pair(
         if label.picture is None:
             name = label.named or label.stems[0]
             what = f"{tree.path(label.file)} has no picture: there is no {name} in {tree.root}."
-            if not skip_missing:
+            if not options.get("skip_bad_images"):
                 raise UserError(what)
             notes.left_out["label without a picture"].append(what)
         elif label.picture not in of_picture:
@@ -162,8 +162,7 @@ def _pair(
     pictures = [p for p in tree.pictures if p not in of_picture] if format not in _MANY else []
     # Others in a directory with labels show nothing of the classes, where formats say so.
     with_labels = {os.path.dirname(p) for p in of_picture} if format in (yolo, masks) else set()
-    left = [p for p in pictures if os.path.dirname(p) not in with_labels]
-    if left:
+    if left := [p for p in pictures if os.path.dirname(p) not in with_labels]:
         notes.left_out["picture without a label"] += [tree.path(p) for p in left]
     empty = [Label("", root=tree.root, picture=p) for p in pictures if p not in left]
     return [*of_picture.values(), *empty, *orphans]
@@ -186,17 +185,17 @@ def _join(tree: Tree, label: Label, other: Label) -> None:
 def _join_splits(tree: Tree, splits: dict[str, Coco]) -> dict[str, Coco]:
     if not splits:
         raise UserError(f"--data {tree.root}: no image of it can be used.")
-    if "train" not in splits and set(splits) != {"all"}:
+    if splits.keys() == {"all"}:
+        return splits
+    if "train" not in splits:
         raise UserError(
             f"--data {tree.root} has the splits {', '.join(splits)}: one of them has to "
             "be train, or none is named."
         )
-    if "train" in splits and "all" in splits:
+    if "all" in splits:
         raise UserError(
             f"--data {tree.root}: {splits['all']['images'][0]['file_name']} is in no split, but "
             "others are in train: put all into splits, or none."
         )
     val = splits.get("val") or splits.get("test")
-    if "train" in splits:
-        return {"train": splits["train"], "val": val} if val else {"all": splits["train"]}
-    return splits
+    return {"train": splits["train"], "val": val} if val else {"all": splits["train"]}

@@ -51,8 +51,8 @@ def _read_shapes(object: Object, shapes: list[dict[str, Any]], size: Any) -> Non
 
 
 def _points(shape: dict[str, Any]) -> list[list[float]]:
-    points = shape.get("points")
-    points = [to_numbers(point) for point in points] if isinstance(points, list) else []
+    given = shape.get("points")
+    points = [to_numbers(point) for point in given] if isinstance(given, list) else []
     if not points or any(point is None or len(point) != 2 for point in points):
         raise ValueError("its points are not pairs of numbers")
     return points  # type: ignore[return-value]

@@ -151,5 +151,4 @@ def read_class_names(tree: Tree) -> dict[tuple[int, ...], str]:
 
 
 def _voc_color(number: int) -> tuple[int, ...]:
-    bits = [[number >> (3 * k + c) & 1 for k in range(3)] for c in range(3)]
-    return tuple(sum(bit << (7 - k) for k, bit in enumerate(own)) for own in bits)
+    return tuple(sum((number >> (3 * k + c) & 1) << (7 - k) for k in range(3)) for c in range(3))

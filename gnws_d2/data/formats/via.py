@@ -54,8 +54,8 @@ def _dict(value: Any) -> dict[str, Any]:
 def _value(attributes: dict[str, Any], key: str) -> str:
     value = attributes.get(key)
     if isinstance(value, dict):  # a checkbox
-        value = next((name for name, checked in value.items() if checked), "")
-    return str(value if value is not None else "").strip()
+        value = next((name for name, checked in value.items() if checked), None)
+    return "" if value is None else str(value).strip()
 
 
 def _class_attribute(every: list[dict[str, Any]]) -> str | None:

@@ -1,7 +1,4 @@
-"""
-YOLO: a text file for each picture, with a class number and a box or polygon in each line, from 0 to
-1.
-"""
+"""YOLO: a text file for each picture, with a class number and a box or polygon in each line."""
 
 import math
 import os
