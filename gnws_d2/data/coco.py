@@ -15,8 +15,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..utils.errors import UserError
 from ..utils.process import no_garbage_collection
-from .check import find_issues, read_coco_json
-from .rules import is_polygon, refuse_corners
+from .check import find_issues, is_polygon, read_coco_json, refuse_corners
 
 _KEYS = ("iscrowd", "bbox", "keypoints", "category_id")  # that Detectron2 takes as they are
 

@@ -15,9 +15,9 @@ from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
+from gnws_d2.data.check import to_rle
 from gnws_d2.data.dataset_mapper import read_image
 from gnws_d2.data.formats import Notes, read_dataset
-from gnws_d2.data.rules import to_rle
 from gnws_d2.prediction import labels
 from gnws_d2.prediction.labels import FORMATS, save_labels
 from gnws_d2.prediction.results import CocoDetections

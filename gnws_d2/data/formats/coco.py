@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...utils.errors import UserError
-from ..check import read_coco_json
-from ..rules import is_name, to_number
+from ..check import is_name, read_coco_json, to_number
 from .label import Label, Object
 from .tree import Tree
 

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ...utils.errors import UserError
-from ..rules import to_number, to_numbers
+from ..check import to_number, to_numbers
 from .label import Label, Object, box_of, check_name, ellipse, paste
 from .tree import Tree
 

@@ -11,7 +11,7 @@ import hotcoco
 import numpy as np
 
 from ...utils.errors import UserError
-from ..rules import is_size, to_number
+from ..check import is_size, to_number
 
 IGNORED = "__ignore__"  # the name of a region with objects of all classes, labelme's
 

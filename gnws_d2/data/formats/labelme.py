@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 
-from ..rules import to_numbers
+from ..check import to_numbers
 from .label import IGNORED, Label, Object, box_of, corners_of, ellipse, paste
 from .tree import Tree, stem
 

@@ -13,7 +13,7 @@ import pycocotools.mask as mask_util
 from PIL import Image
 
 from ...utils.errors import UserError
-from .. import rules
+from .. import check
 from ..dataset_mapper import BadImageError, read_image
 from .label import IGNORED, Label, Object, box_of, corners_of, encode_mask
 from .tree import map_files
@@ -76,7 +76,7 @@ def settle(
     objects = [object for label in labels for object in label.objects]
     usable = [o for o in objects if not o.fault]
     sizes = [label.size for label in labels for o in label.objects if not o.fault]
-    rules.refuse_corners([o.box for o in usable], sizes, usable[0].where if usable else "")
+    check.refuse_corners([o.box for o in usable], sizes, usable[0].where if usable else "")
     _settle_crowds(objects)
     if masks is None:
         counted = [o for o in usable if not o.crowd] or usable
@@ -128,7 +128,7 @@ def _open_pictures(labels: list[Label], notes: Notes, skip_bad_images: bool) -> 
             notes.left_out["picture that cannot be read"].append(found)
             continue
         width, height, orientation = found
-        given = rules.to_numbers(label.size) or [0, 0]
+        given = check.to_numbers(label.size) or [0, 0]
         turned = given == [height, width] != [width, height] and orientation > 4
         for object in label.objects:
             if turned:
@@ -172,13 +172,13 @@ def _turn_object(object: Object, width: int, height: int, orientation: int) -> N
         turned = [width - x if flip_x else x, height - y if flip_y else y]
         return np.stack(turned, axis=1).ravel().tolist()
 
-    if (box := rules.to_numbers(object.box)) and len(box) == 4:
+    if (box := check.to_numbers(object.box)) and len(box) == 4:
         x, y, w, h = box
         object.box = box_of(*turn([x, y, x + w, y + h]))
     if isinstance(object.segmentation, list):
-        object.segmentation = [turn(rules.to_numbers(p) or []) for p in object.segmentation]
-    elif object.segmentation and not rules.find_rle_fault(object.segmentation, height, width):
-        mask = mask_util.decode(rules.to_rle(object.segmentation, width, height)).T
+        object.segmentation = [turn(check.to_numbers(p) or []) for p in object.segmentation]
+    elif object.segmentation and not check.find_rle_fault(object.segmentation, height, width):
+        mask = mask_util.decode(check.to_rle(object.segmentation, width, height)).T
         object.segmentation = encode_mask(mask[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
     object.repairs += ("object of a picture with EXIF orientation, which is turned, too",)
 
@@ -186,7 +186,7 @@ def _turn_object(object: Object, width: int, height: int, orientation: int) -> N
 def _settle_object(object: Object, width: int, height: int) -> None:
     """Make the coordinates of an object pixels and numbers, or say why it cannot be used."""
     given = object.box
-    box = rules.to_numbers(given)
+    box = check.to_numbers(given)
     object.box = box if box and len(box) == 4 else None
     if object.relative:
         scale = np.array([width, height] * 2, float)
@@ -205,25 +205,25 @@ def _settle_object(object: Object, width: int, height: int) -> None:
         object.repairs += ("box, which is computed from the outline",) * (given is not None)
         object.box = outline
     if object.box is not None:
-        object.fault = rules.find_box_fault(object.box, width, height)
+        object.fault = check.find_box_fault(object.box, width, height)
     elif given is None:
         object.fault = "it has neither an outline nor a box"
     else:
         object.fault = f"its box is not four numbers: {given!r}"
     if not object.fault and isinstance(given, (list, tuple)) and str in map(type, given):
         object.repairs += ("number that was a string",)
-    if (rules.to_number(object.area) or 0) <= 0:
+    if (check.to_number(object.area) or 0) <= 0:
         object.area = None
         if object.segmentation and not object.fault:
-            object.area = float(mask_util.area(rules.to_rle(object.segmentation, height, width)))
+            object.area = float(mask_util.area(check.to_rle(object.segmentation, height, width)))
 
 
 def _settle_segmentation(object: Object, width: int, height: int) -> list[float] | None:
     """Keep polygons and RLE that can be used, and return their box."""
     given = object.segmentation
     has_size = object.encoded and given["size"] == [height, width]
-    if isinstance(given, dict) and (has_size or not rules.find_rle_fault(given, width, height)):
-        rle = rules.to_rle(given, height, width)
+    if isinstance(given, dict) and (has_size or not check.find_rle_fault(given, width, height)):
+        rle = check.to_rle(given, height, width)
         if not mask_util.area(rle):
             return None
         if isinstance(rle["counts"], bytes):
@@ -235,7 +235,7 @@ def _settle_segmentation(object: Object, width: int, height: int) -> list[float]
     if given and not isinstance(given[0], (list, tuple)):
         given = [given]
         object.repairs += ("polygon without the list around it",)
-    usable = [p for polygon in given if (p := rules.to_numbers(polygon)) and rules.is_polygon(p)]
+    usable = [p for polygon in given if (p := check.to_numbers(polygon)) and check.is_polygon(p)]
     if not usable:
         return None
     if len(usable) < len(given):
@@ -293,7 +293,7 @@ def _to_coco(labels: list[Label], classes: dict[str, int]) -> dict[str, Coco]:
             annotation = {
                 "id": len(coco["annotations"]) + 1, "image_id": number,
                 "category_id": ids[name], "bbox": object.box, "iscrowd": int(object.crowd),
-                "area": rules.to_number(object.area) or object.box[2] * object.box[3],
+                "area": check.to_number(object.area) or object.box[2] * object.box[3],
             }  # fmt: skip
             if object.segmentation is not None:
                 annotation["segmentation"] = object.segmentation

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from ..rules import to_numbers
+from ..check import to_numbers
 from .label import Label, Object, check_name, ellipse
 from .tree import Tree
 

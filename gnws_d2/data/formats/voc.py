@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from ..rules import to_numbers
+from ..check import to_numbers
 from .label import Label, Object
 from .tree import Tree, stem
 

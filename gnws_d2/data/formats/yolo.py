@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from ...utils.errors import UserError
-from ..rules import is_polygon, to_number, to_numbers
+from ..check import is_polygon, to_number, to_numbers
 from .label import Label, Object
 from .tree import Tree, read_text, stem
 from .yolo_data import NAME_FILES, find_data_file, read_classes

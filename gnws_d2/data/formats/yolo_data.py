@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from ...utils.errors import UserError
-from ..rules import to_number
+from ..check import to_number
 from . import unreadable
 from .tree import Tree, read_text
 
