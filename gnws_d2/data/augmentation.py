@@ -41,16 +41,14 @@ def check_augmentation(cfg: CfgNode) -> None:
 
 def build_augmentation(cfg: CfgNode, augmentations: list[T.Augmentation]) -> list[T.Augmentation]:
     """
-    Add what ``INPUT.AUGMENTATION`` and ``INPUT.ANY_ORIENTATION`` say.
+    Add what ``INPUT.AUGMENTATION`` and ``INPUT.ANY_ORIENTATION`` say, after
+    :func:`check_augmentation`.
 
     Args:
         augmentations: Detectron2's, of a training, with :class:`OpenCVResizeShortestEdge`. "light"
             scales its result, and varies the colors. "strong" is the large-scale jitter of
             Detectron2's new baselines instead of it: its images are squares of
             ``INPUT.MAX_SIZE_TRAIN``, in which an image of scale 1 just fits.
-
-    Raises:
-        UserError: see :func:`check_augmentation`.
     """
     check_augmentation(cfg)
     size, result = cfg.INPUT.MAX_SIZE_TRAIN, []

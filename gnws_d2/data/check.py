@@ -20,7 +20,6 @@ from ..utils.errors import UserError
 from ..utils.process import no_garbage_collection
 
 _ITEMS = {"categories": "category", "images": "image", "annotations": "annotation"}
-
 _Found = Iterator[tuple[str, str, str]]  # level, key, and the message after the id
 _NUMBERS = {int, float}
 
@@ -73,10 +72,9 @@ def read_coco_json(json_file: str) -> dict[str, Any]:
 
 def find_issues(coco: dict[str, Any], image_root: str, *, masks: bool) -> Iterator[Issue]:
     """
-    Find the issues that show without opening an image.
+    Find the issues of what :func:`read_coco_json` returns that show without opening an image.
 
     Args:
-        coco: what :func:`read_coco_json` returns.
         image_root: directory of the images. Symbolic links in it are followed.
         masks: whether every annotation needs a segmentation.
     """
@@ -88,9 +86,7 @@ def find_issues(coco: dict[str, Any], image_root: str, *, masks: bool) -> Iterat
                 yield Issue(level, item, content.get("id"), key, message)
 
 
-def _find_item_issues(
-    items: str, item: dict[str, Any], known: dict[str, dict], image_root: str, masks: bool
-) -> _Found:
+def _find_item_issues(items: str, item: dict, known: dict, image_root: str, masks: bool) -> _Found:
     """Find the issues of an item, and add it to those that are known."""
     if not _is_id(item.get("id")):
         yield "error", "id", "is not a whole number from 0."
@@ -108,26 +104,20 @@ def _find_item_issues(
 
 def _find_image_issues(image: dict[str, Any], image_root: str) -> _Found:
     name: Any = image.get("file_name")
-    if (
-        not isinstance(name, str)
-        or os.path.isabs(name)
-        or "://" in name
-        or ".." in os.path.normpath(name).split(os.sep)
-    ):
+    is_path = isinstance(name, str) and not os.path.isabs(name) and "://" not in name
+    if not is_path or ".." in os.path.normpath(name).split(os.sep):
         what = f"has the file name {shorten(name)}, which is not a path in the image directory."
         yield "error", "file_name", what
     elif not PathManager.isfile(path := os.path.join(image_root, name)):
         what = f"has a file that does not exist or is not a regular file: {shorten(path)}."
         yield "error", "file", what
     if _size(image) is None:
-        what = f"has the size {shorten(image.get('width'))} x {shorten(image.get('height'))}, which"
-        what += " is not in pixels, or larger than PIL.Image.MAX_IMAGE_PIXELS."
-        yield "error", "size", what
+        size = f"{shorten(image.get('width'))} x {shorten(image.get('height'))}"
+        what = "which is not in pixels, or larger than PIL.Image.MAX_IMAGE_PIXELS."
+        yield "error", "size", f"has the size {size}, {what}"
 
 
-def _find_annotation_issues(
-    annotation: dict[str, Any], known: dict[str, dict], masks: bool
-) -> _Found:
+def _find_annotation_issues(annotation: dict[str, Any], known: dict, masks: bool) -> _Found:
     image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
     if not _is_id(category_id) or category_id not in known["categories"]:
         what = f"has category id {shorten(category_id)}, which is not in 'categories'."
@@ -187,8 +177,7 @@ def _find_mask_issues(segmentation: Any, masks: bool, width: int, height: int) -
 
 def _size(image: dict[str, Any]) -> tuple[int, int] | None:
     """Return the width and height of an image if it can have them."""
-    w: Any = image.get("width")
-    h: Any = image.get("height")
+    w, h = (image.get(key, 0) for key in ("width", "height"))
     return (w, h) if _is_id(w) and _is_id(h) and is_size(w, h) else None
 
 

@@ -113,19 +113,16 @@ def load_coco_json(json_file: str, image_root: str, dataset_name: str) -> list[d
         if keypoints := record.pop("keypoints", None):
             # From pixels to the coordinates of their centers, but for the visibility.
             record["keypoints"] = [v if i % 3 == 2 else v + 0.5 for i, v in enumerate(keypoints)]
-        record["bbox_mode"] = BoxMode.XYWH_ABS
-        record["category_id"] = class_of[record["category_id"]]
+        record |= {"bbox_mode": BoxMode.XYWH_ABS, "category_id": class_of[record["category_id"]]}
         of_image[annotation["image_id"]].append(record)
     return [
         {
             "file_name": os.path.join(image_root, image["file_name"]),
-            "height": image["height"],
-            "width": image["width"],
-            "image_id": image["id"],
-            "annotations": of_image[image["id"]],
+            "height": image["height"], "width": image["width"],
+            "image_id": image["id"], "annotations": of_image[image["id"]],
         }
         for image in sorted(coco["images"], key=lambda image: image["id"])
-    ]
+    ]  # fmt: skip
 
 
 def register_coco_datasets(datasets: Sequence[Sequence[str]]) -> None:
@@ -195,11 +192,10 @@ def check_registered(key: str, dataset: str) -> None:
 def dataset_classes(name: str) -> dict[Any, str]:
     """Return the class names of a registered dataset by category id, in Detectron2's order."""
     metadata = MetadataCatalog.get(name)
-    names = metadata.get("thing_classes")
-    if names is None and metadata.get("json_file"):  # not loaded yet
+    if metadata.get("thing_classes") is None and metadata.get("json_file"):  # not loaded yet
         return read_categories(metadata.json_file)
-    ids = metadata.get("thing_dataset_id_to_contiguous_id") or range(len(names or []))
-    return dict(zip(ids, names or []))
+    names = metadata.get("thing_classes") or []
+    return dict(zip(metadata.get("thing_dataset_id_to_contiguous_id") or range(len(names)), names))
 
 
 def class_metadata(name: str, classes: dict[Any, str]) -> Metadata:
@@ -228,14 +224,9 @@ def _check_dataset(cfg: CfgNode, key: str, name: str) -> None:
     if json_file is None or metadata.get("thing_classes") is not None:
         return
     evaluation = name in cfg.DATASETS.TEST
-    classes = check_coco_json(
-        json_file,
-        image_root,
-        masks=cfg.MODEL.MASK_ON,
-        evaluation=evaluation,
-        skip_bad_images=cfg.INPUT.ON_BAD_IMAGE == "skip" and not evaluation,
-    )
-    metadata.set(**class_fields(classes))
+    skip = cfg.INPUT.ON_BAD_IMAGE == "skip" and not evaluation
+    options = {"masks": cfg.MODEL.MASK_ON, "evaluation": evaluation, "skip_bad_images": skip}
+    metadata.set(**class_fields(check_coco_json(json_file, image_root, **options)))
 
 
 def _join(names: list[str]) -> str:

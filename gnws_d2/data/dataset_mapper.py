@@ -113,15 +113,9 @@ class OpenCVDatasetMapper(DatasetMapper):
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """
-        Args:
-            dataset_dict: one image in Detectron2's dataset format.
-
-        Returns:
-            The input with ``image``, a (3, H, W) uint8 tensor, and in training ``instances``.
-
-        Raises:
-            BadImageError: see :func:`read_image`; or if the image has another size than in the
-                dataset.
+        Return an image in Detectron2's dataset format with ``image``, a (3, H, W) uint8 tensor, and
+        in training with ``instances``. Raise :class:`BadImageError` as :func:`read_image`, or if
+        the image has another size than in the dataset.
         """
         if torch.utils.data.get_worker_info() is not None:
             cv2.setNumThreads(1)  # the workers are the threads
@@ -163,20 +157,17 @@ class OpenCVDatasetMapper(DatasetMapper):
                 # pycocotools cuts them at the edges of the image. Detectron2 cuts them by Shapely,
                 # which may be missing, and leaves out parts of polygons that cross themselves.
                 polygons = annotation.pop("segmentation")
+            flipped = self.keypoint_hflip_indices
             annotation = utils.transform_instance_annotations(
-                annotation,
-                transforms,
-                image_shape,
-                keypoint_hflip_indices=self.keypoint_hflip_indices,
+                annotation, transforms, image_shape, keypoint_hflip_indices=flipped
             )
             if rasterize:
                 points = [np.asarray(p, np.float64).reshape(-1, 2) for p in polygons]
                 points = [transforms.apply_coords(p).ravel() for p in points]
                 annotation["segmentation"] = _rasterize(points, image_shape)
             annotations.append(annotation)
-        instances = utils.annotations_to_instances(
-            annotations, image_shape, self.instance_mask_format
-        )
+        format = self.instance_mask_format
+        instances = utils.annotations_to_instances(annotations, image_shape, format)
         has_masks = instances.has("gt_masks")
         if self.recompute_boxes and has_masks:
             instances.gt_boxes = instances.gt_masks.get_bounding_boxes()

@@ -100,6 +100,5 @@ def register_shapes() -> None:
     """Register "shapes_train" and "shapes_val" in Detectron2's catalogs."""
     for name in _SPLITS:
         DatasetCatalog.register(name, lambda name=name: load_shapes(name))
-        MetadataCatalog.get(name).set(
-            evaluator_type="coco", **class_fields(dict(enumerate(CLASSES, 1)))
-        )
+        fields = class_fields(dict(enumerate(CLASSES, 1)))
+        MetadataCatalog.get(name).set(evaluator_type="coco", **fields)

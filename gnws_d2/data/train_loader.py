@@ -22,9 +22,7 @@ from .augmentation import paste_objects
 from .dataset_mapper import BadImageError
 from .workers import iterate
 
-# An element of the stream: its position there, and an index into the dataset.
-_Key = tuple[int, int]
-
+_Key = tuple[int, int]  # of an image in the stream: its position there and in the dataset
 _MAX_REPLACEMENTS = 10
 
 
@@ -59,7 +57,7 @@ class TrainLoader:
                 `np.random`. Images without width and height count as upright.
             sampler: one of Detectron2's, which yields the indices of all processes.
             batch_size: images per batch of this process.
-            seed: seed of the order of the images and of the augmentation.
+            seed: of the order of the images and of the augmentation.
             on_bad_image: ``INPUT.ON_BAD_IMAGE``: "skip" replaces an image for which the mapper
                 raises :class:`BadImageError` by another one.
             copy_paste: ``INPUT.COPY_PASTE``: the probability of :func:`paste_objects`.
@@ -80,7 +78,13 @@ class TrainLoader:
         self._bad_images: set[str] = set()
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        self._seed_sampler()
+        # A resumed run has the seed of its first start.
+        self._sampler._seed = self._dataset.seed = self.seed
+        if isinstance(self._sampler, RandomSubsetTrainingSampler):  # draws by another seed
+            generator = torch.Generator().manual_seed(derive_seed(self.seed))
+            order = torch.randperm(self._sampler._size, generator=generator)
+            subset = order[: self._sampler._size_subset]
+            self._sampler._indexes_subset, self._dataset.indices = subset, subset.tolist()
         loader = DataLoader(
             self._dataset,
             batch_sampler=itertools.islice(self._batches(), self._skip, None),  # type: ignore
@@ -99,15 +103,6 @@ class TrainLoader:
                     )
             yield batch
 
-    def _seed_sampler(self) -> None:
-        """Seed the sampler; a resumed run has the seed of its first start."""
-        self._sampler._seed = self._dataset.seed = self.seed
-        if isinstance(self._sampler, RandomSubsetTrainingSampler):  # draws by another seed
-            generator = torch.Generator().manual_seed(derive_seed(self.seed))
-            order = torch.randperm(self._sampler._size, generator=generator)
-            subset = order[: self._sampler._size_subset]
-            self._sampler._indexes_subset, self._dataset.indices = subset, subset.tolist()
-
     def _batches(self) -> Iterator[list[_Key]]:
         start, step = self._position + comm.get_rank(), comm.get_world_size()
         buckets: dict[bool, list[_Key]] = defaultdict(list)
@@ -121,13 +116,10 @@ class TrainLoader:
     def state_dict(self, iteration: int) -> dict[str, Any]:
         """Return the state after `iteration` batches, those before a resumption included."""
         return {
-            "seed": self.seed,
-            "world_size": comm.get_world_size(),
-            "batch_size": self._batch_size,
-            "iteration": iteration,
-            "first_iteration": self._first_iteration,
+            "seed": self.seed, "world_size": comm.get_world_size(), "batch_size": self._batch_size,
+            "iteration": iteration, "first_iteration": self._first_iteration,
             "position": self._position,
-        }
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> int:
         """

@@ -14,11 +14,8 @@ class OpenCVResizeTransform(T.ResizeTransform):
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
         """
         Args:
-            img: (h, w) or (h, w, C), uint8 or floating point.
+            img: (h, w) or (h, w, C), uint8 or floating point; so is the result, with the new size.
             interp: a Pillow method to use instead: Detectron2 resizes masks by nearest neighbour.
-
-        Returns:
-            (new_h, new_w) or (new_h, new_w, C), same dtype.
         """
         if interp is not None:
             return super().apply_image(img, interp)

@@ -19,14 +19,9 @@ from .tree import Tree, split_of_name
 __all__ = ["Coco", "Notes", "describe", "read_coco_files", "read_dataset", "root_of"]
 
 _FORMATS: dict[str, Any] = {
-    "COCO": coco,
-    "VIA": via,
-    "CVAT for images": cvat,
-    "labelme": labelme,
-    "Pascal VOC": voc,
-    "YOLO": yolo,
-    "masks": masks,
-}
+    "COCO": coco, "VIA": via, "CVAT for images": cvat,
+    "labelme": labelme, "Pascal VOC": voc, "YOLO": yolo, "masks": masks,
+}  # fmt: skip
 _EXPECTED = (
     "COCO JSON (Roboflow, CVAT, FiftyOne), YOLO labels with the names of their classes, Pascal VOC "
     "XML, labelme or VIA JSON, CVAT for images, or masks in a directory 'masks'"
@@ -85,14 +80,8 @@ def read_coco_files(
     files: dict[str, Sequence[str]], notes: Notes | None = None, **options: Any
 ) -> dict[str, Coco]:
     """
-    Read COCO files, each with the directory of its images.
-
-    Args:
-        files: the annotation file and the image directory of each split.
-        notes, options: see :func:`read_dataset`.
-
-    Returns:
-        The COCO dict of each split. ``file_name`` is relative to the image directory.
+    Read the annotation file and the image directory of each split; see :func:`read_dataset`. Return
+    the COCO dict of each split, whose ``file_name`` is relative to the image directory.
     """
     labels: list[Label] = []
     classes: dict[str, int] = {}
@@ -130,9 +119,7 @@ def _find_format(tree: Tree, data: str) -> tuple[str, list[str]]:
     return next(iter(found.items()))
 
 
-def _pair(
-    tree: Tree, labels: list[Label], format: Any, notes: Notes, **options: Any
-) -> list[Label]:
+def _pair(tree: Tree, labels: list[Label], format: Any, notes: Notes, **options) -> list[Label]:
     """Find the picture of each label. Return the labels, with empty ones of other pictures."""
     of_picture: dict[str, Label] = {}
     orphans = []
@@ -155,10 +142,8 @@ def _pair(
         elif (other := of_picture[label.picture]).file != label.file and format in _MANY:
             _join(tree, other, label)
         else:
-            raise UserError(
-                f"{tree.path(label.file)} and {tree.path(other.file)} have labels of the same "
-                f"picture, {label.path}: remove one."
-            )
+            what = f"have labels of the same picture, {label.path}: remove one."
+            raise UserError(f"{tree.path(label.file)} and {tree.path(other.file)} {what}")
     pictures = [p for p in tree.pictures if p not in of_picture] if format not in _MANY else []
     # Others in a directory with labels show nothing of the classes, where formats say so.
     with_labels = {os.path.dirname(p) for p in of_picture} if format in (yolo, masks) else set()
@@ -175,10 +160,8 @@ def _join(tree: Tree, label: Label, other: Label) -> None:
     twice = any((o.name, str(o.box), str(o.segmentation)) in known for o in other.objects)
     if twice or len(splits) > 1:
         what = "have the same objects of" if twice else "are for two splits, and both have"
-        raise UserError(
-            f"{tree.path(label.file)} and {tree.path(other.file)} {what} the picture "
-            f"{label.path}: remove one."
-        )
+        files = f"{tree.path(label.file)} and {tree.path(other.file)}"
+        raise UserError(f"{files} {what} the picture {label.path}: remove one.")
     label.objects += other.objects
 
 

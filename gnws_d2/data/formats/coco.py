@@ -74,10 +74,8 @@ def _read_classes(tree: Tree, file: str, coco: dict[str, Any]) -> dict[Any, str]
     for category in coco["categories"]:
         number, name = _id(category.get("id")), category.get("name")
         if number is None or number in names or not name or not is_name(str(name)):
-            raise UserError(
-                f"{tree.path(file)}: the category {category!r} has no id, the id of another one, "
-                "or no name."
-            )
+            what = f"{tree.path(file)}: the category {category!r} has"
+            raise UserError(f"{what} no id, the id of another one, or no name.")
         names[number] = str(name)
         if isinstance(number, float) and number not in tree.classes.values():
             tree.classes.setdefault(names[number], int(number))

@@ -51,9 +51,7 @@ class Label:
         """The path of the picture."""
         return os.path.join(self.root, self.picture or "")
 
-    def add(
-        self, object: Object, read: Callable[..., None], *shape: Any, what: str = "label"
-    ) -> None:
+    def add(self, object: Object, read: Callable, *shape: Any, what: str = "label") -> None:
         """Add an object, whose `shape` is read by a function that raises ValueError for a fault."""
         try:
             read(object, *shape)

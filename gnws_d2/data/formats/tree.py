@@ -5,7 +5,7 @@ import functools
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -103,9 +103,7 @@ class Tree:
                 contents[file] = content
         return contents
 
-    def find_picture(
-        self, label: str, named: str | None = None, stems: Iterable[str] = ()
-    ) -> str | None:
+    def find_picture(self, label: str, named: str | None, stems: Iterable[str]) -> str | None:
         """
         Find the picture of a label file, by the first of these that exists: the longest end of the
         path or URL that is `named` in it, and the names without suffix `stems`, in their order. Of
@@ -169,9 +167,7 @@ class Tree:
         return found
 
 
-def map_files(
-    function: Callable, what: str, files: Sequence[str], *more: Iterable[Any]
-) -> Iterator[Any]:
+def map_files(function: Callable, what: str, files: list[str], *more: Iterable) -> Iterator[Any]:
     """Map a function over files with all cores, and a progress bar where it takes over 2 s."""
     # OpenCV, Pillow and NumPy release the GIL.
     with ThreadPoolExecutor(num_usable_cores()) as pool:
