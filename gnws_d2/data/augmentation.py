@@ -39,33 +39,34 @@ def check_augmentation(cfg: CfgNode) -> None:
         )
 
 
-def build_augmentation(cfg: CfgNode, augmentations: list[T.Augmentation]) -> list[T.Augmentation]:
+def build_augmentation(cfg: CfgNode, augmentations: list, is_train: bool) -> list[T.Augmentation]:
     """
-    Add what ``INPUT.AUGMENTATION`` and ``INPUT.ANY_ORIENTATION`` say, after
-    :func:`check_augmentation`.
-
-    Args:
-        augmentations: Detectron2's, of a training, with :class:`OpenCVResizeShortestEdge`. "light"
-            scales its result, and varies the colors. "strong" is the large-scale jitter of
-            Detectron2's new baselines instead of it: its images are squares of
-            ``INPUT.MAX_SIZE_TRAIN``, in which an image of scale 1 just fits.
+    Have Detectron2's augmentations resize by OpenCV. In a training, after
+    :func:`check_augmentation`, add what ``INPUT.ANY_ORIENTATION`` and ``INPUT.AUGMENTATION`` say:
+    "light" scales the resized image, and varies its colors; "strong" is the large-scale jitter of
+    Detectron2's new baselines instead of the resizing: its images are squares of
+    ``INPUT.MAX_SIZE_TRAIN``, in which an image of scale 1 just fits.
     """
-    check_augmentation(cfg)
-    size, result = cfg.INPUT.MAX_SIZE_TRAIN, []
+    is_train = is_train and "AUGMENTATION" in cfg.INPUT  # not in Detectron2's own config
+    if is_train:
+        check_augmentation(cfg)
+    kind, size = cfg.INPUT.AUGMENTATION if is_train else "none", cfg.INPUT.MAX_SIZE_TRAIN
+    result = []
     for aug in augmentations:
-        resizes = isinstance(aug, OpenCVResizeShortestEdge)
-        if resizes and cfg.INPUT.AUGMENTATION == "light":
-            result.append(_JitteredResize(aug.short_edge_length, aug.max_size, aug.sample_style))
-            result += [T.RandomBrightness(*_COLOR), T.RandomContrast(*_COLOR)]
-            bgr = cfg.INPUT.FORMAT == "BGR"
-            result.append((_RandomSaturationBGR if bgr else T.RandomSaturation)(*_COLOR))
-        elif resizes and cfg.INPUT.AUGMENTATION == "strong":
+        if type(aug) is not T.ResizeShortestEdge:
+            result.append(aug)
+        elif kind == "strong":
             crop = T.FixedSizeCrop((size, size))
             crop.seg_pad_value = 0  # the default, 255, would add the padding to masks in RLE
             result += [OpenCVResizeScale(*_LARGE_SCALE, size, size), crop]
         else:
-            result.append(aug)
-    if cfg.INPUT.ANY_ORIENTATION:  # with a flip, all eight orientations
+            resize = _JitteredResize if kind == "light" else OpenCVResizeShortestEdge
+            result.append(resize(aug.short_edge_length, aug.max_size, aug.sample_style))
+            if kind == "light":
+                bgr = cfg.INPUT.FORMAT == "BGR"
+                result += [T.RandomBrightness(*_COLOR), T.RandomContrast(*_COLOR)]
+                result.append((_RandomSaturationBGR if bgr else T.RandomSaturation)(*_COLOR))
+    if is_train and cfg.INPUT.ANY_ORIENTATION:  # with a flip, all eight orientations
         result.append(T.RandomRotation([0, 90, 180, 270], sample_style="choice"))
     return result
 

@@ -141,15 +141,11 @@ def _find_box_issues(annotation: dict[str, Any], width: int, height: int) -> _Fo
         yield "error", "bbox", f"has the box {shorten(bbox)}, which is not four finite numbers."
         return
     x, y, w, h = bbox
-    fault = find_box_fault(bbox, width, height)
-    clipped = x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1
-    if not fault and not clipped:
-        return
-    its_image = f"its image id {shorten(annotation['image_id'])} of {width}x{height}"
-    if fault:
+    its_image = f"its image id {annotation['image_id']} of {width}x{height}"
+    if fault := find_box_fault(bbox, width, height):
         level = "warning" if w <= 0 or h <= 0 else "error"  # Detectron2 leaves it out
         yield level, "bbox", f"cannot be used in {its_image}: {fault}."
-    else:
+    elif x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
         yield "warning", "bbox", f"has the box {bbox}, which is clipped to {its_image}."
 
 

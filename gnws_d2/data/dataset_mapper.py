@@ -20,7 +20,6 @@ from PIL import Image, UnidentifiedImageError
 from ..config import check_choice
 from ..utils.errors import UserError
 from .augmentation import build_augmentation
-from .transforms import OpenCVResizeShortestEdge
 
 # Suffixes of the files in a directory that are read as images.
 IMAGE_SUFFIXES = tuple(
@@ -99,16 +98,9 @@ class OpenCVDatasetMapper(DatasetMapper):
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         check_choice("INPUT.FORMAT", cfg.INPUT.FORMAT, ("BGR", "RGB"))
         ret = super().from_config(cfg, is_train)
-        ret["augmentations"] = [
-            OpenCVResizeShortestEdge(aug.short_edge_length, aug.max_size, aug.sample_style)
-            if type(aug) is T.ResizeShortestEdge
-            else aug
-            for aug in ret["augmentations"]
-        ]
-        if is_train and "AUGMENTATION" in cfg.INPUT:  # not in Detectron2's own config
-            ret["augmentations"] = build_augmentation(cfg, ret["augmentations"])
-            if cfg.INPUT.AUGMENTATION == "strong":  # which crops, as INPUT.CROP does
-                ret["recompute_boxes"] = cfg.MODEL.MASK_ON
+        ret["augmentations"] = build_augmentation(cfg, ret["augmentations"], is_train)
+        if is_train and cfg.INPUT.get("AUGMENTATION") == "strong":  # it crops, as INPUT.CROP does
+            ret["recompute_boxes"] = cfg.MODEL.MASK_ON
         return ret
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:

@@ -12,14 +12,13 @@ from .tree import Tree
 
 def find(tree: Tree) -> list[str]:
     """Return the label files of this format."""
-    found = []
+    found = {}  # with whether there are keypoints
     for file, content in tree.jsons.items():
         if isinstance(content, dict) and "images" in content and _has_objects(content):
-            own = content.get("categories")
-            own = own if isinstance(own, list) else []
-            found.append((file, any(isinstance(c, dict) and "keypoints" in c for c in own)))
+            own = content["categories"] if isinstance(content.get("categories"), list) else []
+            found[file] = any(isinstance(c, dict) and "keypoints" in c for c in own)
     # COCO's own annotations have the same people with and without keypoints.
-    return [f for f, keypoints in found if not keypoints] or [f for f, _ in found]
+    return [file for file in found if not found[file]] or [*found]
 
 
 def _has_objects(content: dict[str, Any]) -> bool:
@@ -27,8 +26,8 @@ def _has_objects(content: dict[str, Any]) -> bool:
     annotations = content.get("annotations")
     if not annotations or not isinstance(annotations, list):
         return annotations == [] and bool(content.get("categories"))
-    kinds = ("caption", "segments_info")
-    return not any(k in a for a in annotations[:1] if isinstance(a, dict) for k in kinds)
+    keys = annotations[0].keys() if isinstance(annotations[0], dict) else set()
+    return not keys & {"caption", "segments_info"}
 
 
 def parse(tree: Tree, file: str) -> Iterator[Label]:

@@ -40,10 +40,8 @@ def read_classes(tree: Tree) -> dict[str, int]:
     first = next(iter(found))
     for file, names in found.items():
         if names != found[first]:
-            raise UserError(
-                f"{tree.path(first)} and {tree.path(file)} have different names of classes: remove "
-                "one of them."
-            )
+            files = f"{tree.path(first)} and {tree.path(file)}"
+            raise UserError(f"{files} have different names of classes: remove one of them.")
     return found[first]
 
 
