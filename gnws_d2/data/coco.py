@@ -221,12 +221,11 @@ def _check_dataset(cfg: CfgNode, key: str, name: str) -> None:
             )
     # Datasets that know their classes before they are read, such as Detectron2's own, or that have
     # been checked, need no check.
-    if json_file is None or metadata.get("thing_classes") is not None:
-        return
-    evaluation = name in cfg.DATASETS.TEST
-    skip = cfg.INPUT.ON_BAD_IMAGE == "skip" and not evaluation
-    options = {"masks": cfg.MODEL.MASK_ON, "evaluation": evaluation, "skip_bad_images": skip}
-    metadata.set(**class_fields(check_coco_json(json_file, image_root, **options)))
+    if json_file is not None and metadata.get("thing_classes") is None:
+        evaluation = name in cfg.DATASETS.TEST
+        skip = cfg.INPUT.ON_BAD_IMAGE == "skip" and not evaluation
+        options = {"masks": cfg.MODEL.MASK_ON, "evaluation": evaluation, "skip_bad_images": skip}
+        metadata.set(**class_fields(check_coco_json(json_file, image_root, **options)))
 
 
 def _join(names: list[str]) -> str:

@@ -35,7 +35,6 @@ def read_dataset(data: str, notes: Notes | None = None, **options: Any) -> dict[
     Read the dataset in a directory, or that of a ``data.yaml`` or annotation file.
 
     Args:
-        data: the directory or file.
         notes: gets what was repaired and left out.
         options: see :func:`.settle`.
 
@@ -149,8 +148,9 @@ def _pair(tree: Tree, labels: list[Label], format: Any, notes: Notes, **options)
     with_labels = {os.path.dirname(p) for p in of_picture} if format in (yolo, masks) else set()
     if left := [p for p in pictures if os.path.dirname(p) not in with_labels]:
         notes.left_out["picture without a label"] += [tree.path(p) for p in left]
-    empty = [Label("", root=tree.root, picture=p) for p in pictures if p not in left]
-    return [*of_picture.values(), *empty, *orphans]
+    empty = [p for p in pictures if os.path.dirname(p) in with_labels]
+    labels = [Label("", root=tree.root, picture=picture) for picture in empty]
+    return [*of_picture.values(), *labels, *orphans]
 
 
 def _join(tree: Tree, label: Label, other: Label) -> None:

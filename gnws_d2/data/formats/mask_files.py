@@ -20,6 +20,7 @@ _VOC_CLASSES = (
 _OBJECTS = "SegmentationObject"  # the directory of Pascal VOC's masks of objects
 _MAX_OBJECTS = 10_000  # in a picture; more values are those of a photograph
 _FEW = 100  # numbers in a mask; of more, which are rare, the objects are read in a second pass
+_JPEG = (".jpg", ".jpeg", ".jfif")
 _NEAR = 32  # values of a compressed mask that are taken for 0, or for the highest
 
 # The RLE of each connected part of each number, or of all of a mask that is one object.
@@ -61,14 +62,10 @@ def _decode(path: str, colors: bool = False) -> np.ndarray:
     if values.ndim == 3 and not colors:
         values = values[:, :, :1] if values.shape[2] == 2 else values  # palette with alpha
         spread = int(np.ptp(values, axis=2).max())
-        if spread == 0 or (spread < _NEAR and _is_jpeg(path)):
+        if spread == 0 or (spread < _NEAR and path.lower().endswith(_JPEG)):
             return values[:, :, 0]
         return values.astype(np.int64) @ [1, 256, 65536]
     return values if values.dtype == np.uint8 else values.astype(np.int64)
-
-
-def _is_jpeg(path: str) -> bool:
-    return path.lower().endswith((".jpg", ".jpeg", ".jfif"))
 
 
 def _encode(mask: np.ndarray, numbers: Iterable[int], is_one: bool) -> _Parts:
@@ -79,7 +76,7 @@ def _encode(mask: np.ndarray, numbers: Iterable[int], is_one: bool) -> _Parts:
 
 def read_values(path: str, is_one: bool) -> Values:
     """Return the values of a mask, which may be one object. Raise UserError if it is no image."""
-    mask, is_jpeg = _decode(path), _is_jpeg(path)
+    mask, is_jpeg = _decode(path), path.lower().endswith(_JPEG)
     if mask.dtype != np.uint8:
         values = np.unique(mask)
         numbers = tuple(int(n) for n in values[:1001] if n)

@@ -69,13 +69,12 @@ def settle(
         UserError: if a picture cannot be read, or too many objects cannot be used.
     """
     labels = _open_pictures(labels, notes, skip_bad_images)
-    for label in labels:
-        for object in label.objects:
-            if not object.fault:
-                _settle_object(object, *label.size)
-    objects = [object for label in labels for object in label.objects]
-    usable = [o for o in objects if not o.fault]
-    sizes = [label.size for label in labels for o in label.objects if not o.fault]
+    sized = [(object, label.size) for label in labels for object in label.objects]
+    for object, size in sized:
+        if not object.fault:
+            _settle_object(object, *size)
+    objects, usable = [o for o, _ in sized], [o for o, _ in sized if not o.fault]
+    sizes = [size for object, size in sized if not object.fault]
     check.refuse_corners([o.box for o in usable], sizes, usable[0].where if usable else "")
     _settle_crowds(objects)
     if masks is None:

@@ -12,8 +12,6 @@ from .yolo_data import find_data_file
 
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "test": "test"}  # by name
 
-_Lists = Iterator[list[tuple[str, str, list[str]]]]
-
 
 def assign_splits(tree: Tree, labels: list[Label]) -> list[Label]:
     """
@@ -60,7 +58,7 @@ def _read_lists(tree: Tree) -> dict[str, set[str]]:
     return {split: found[split] for split in ("val", "test", "train") if found[split]}
 
 
-def _find_lists(tree: Tree) -> _Lists:
+def _find_lists(tree: Tree) -> Iterator[list[tuple[str, str, list[str]]]]:
     """Return the entries of each kind of list: name of a split, entry, and where it may be."""
     file, content = find_data_file(tree)
     base, entries = os.path.dirname(file), []

@@ -7,8 +7,6 @@ from ..check import to_numbers
 from .label import Label, Object
 from .tree import Tree, stem
 
-_TRUE = ("1", "true", "yes")
-
 
 def find(tree: Tree) -> list[str]:
     """Return the label files of this format."""
@@ -24,7 +22,7 @@ def parse(tree: Tree, file: str) -> Iterator[Label]:
     for number, item in enumerate(root.iter("object"), 1):
         name, difficult = (item.findtext(key, "").strip() for key in ("name", "difficult"))
         object = Object(f"{tree.path(file)}, object {number}", name)
-        object.crowd = difficult.lower() in _TRUE
+        object.crowd = difficult.lower() in ("1", "true", "yes")
         corners = [item.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
         if values := to_numbers(corners):
             x1, y1, x2, y2 = values

@@ -11,6 +11,8 @@ from .label import Label, Object
 from .tree import Tree, read_text, stem
 from .yolo_data import NAME_FILES, find_data_file, read_classes
 
+_SEPARATOR = re.compile(r"[\s,;]+")
+
 
 def find(tree: Tree) -> list[str]:
     """Return the label files of this format: those that begin with a class and coordinates."""
@@ -19,14 +21,11 @@ def find(tree: Tree) -> list[str]:
     for file in tree.with_suffix(".txt"):
         *directories, name = file.lower().split("/")
         if not re.fullmatch(NAME_FILES, name) and ("labels" in directories or stem(name) in stems):
-            first = _split(read_text(tree.path(file)).strip().partition("\n")[0])
-            if not first or sum(to_number(v) is not None for v in first[:5]) >= 4:
+            line = read_text(tree.path(file)).strip().partition("\n")[0].strip()
+            first = [to_number(word) is not None for word in _SEPARATOR.split(line)[:5]]
+            if not line or sum(first) >= 4:
                 found.append(file)
     return found if any(os.path.getsize(tree.path(f)) for f in found) else []
-
-
-def _split(line: str) -> list[str]:
-    return re.split(r"[\s,;]+", line.strip()) if line.strip() else []
 
 
 def parse(tree: Tree, file: str) -> Iterator[Label]:
@@ -39,14 +38,15 @@ def parse(tree: Tree, file: str) -> Iterator[Label]:
         raise UserError(f"{tree.path(data_file)}: kpt_shape is not a list of two numbers.")
     keypoints = int(math.prod(shape))
     objects = [
-        _parse_line(_split(line), names, keypoints, f"{tree.path(file)}, line {number}")
+        _parse_line(line.strip(), names, keypoints, f"{tree.path(file)}, line {number}")
         for number, line in enumerate(read_text(tree.path(file)).splitlines(), 1)
         if line.strip()
     ]
     yield Label(file, stems=(stem(file),), objects=objects)
 
 
-def _parse_line(words: list[str], names: dict[int, str], keypoints: int, where: str) -> Object:
+def _parse_line(line: str, names: dict[int, str], keypoints: int, where: str) -> Object:
+    words = _SEPARATOR.split(line)
     numbers = [to_number(word) for word in words]
     object = Object(where, "", relative=True)
     if numbers[0] is None or None in numbers or numbers[0] not in names:
