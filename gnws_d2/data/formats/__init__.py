@@ -123,7 +123,6 @@ def _pair(tree: Tree, labels: list[Label], format: Any, notes: Notes, **options)
     of_picture: dict[str, Label] = {}
     orphans = []
     for label in labels:
-        label.root = tree.root
         if label.named is None and not label.stems:  # objects of no picture
             orphans.append(label)
             continue
@@ -138,10 +137,11 @@ def _pair(tree: Tree, labels: list[Label], format: Any, notes: Notes, **options)
             notes.left_out["label without a picture"].append(what)
         elif label.picture not in of_picture:
             of_picture[label.picture] = label
+            label.path = tree.path(label.picture)
         elif (other := of_picture[label.picture]).file != label.file and format in _MANY:
             _join(tree, other, label)
         else:
-            what = f"have labels of the same picture, {label.path}: remove one."
+            what = f"have labels of the same picture, {other.path}: remove one."
             raise UserError(f"{tree.path(label.file)} and {tree.path(other.file)} {what}")
     pictures = [p for p in tree.pictures if p not in of_picture] if format not in _MANY else []
     # Others in a directory with labels show nothing of the classes, where formats say so.
@@ -149,7 +149,7 @@ def _pair(tree: Tree, labels: list[Label], format: Any, notes: Notes, **options)
     if left := [p for p in pictures if os.path.dirname(p) not in with_labels]:
         notes.left_out["picture without a label"] += [tree.path(p) for p in left]
     empty = [p for p in pictures if os.path.dirname(p) in with_labels]
-    labels = [Label("", root=tree.root, picture=picture) for picture in empty]
+    labels = [Label("", picture=picture, path=tree.path(picture)) for picture in empty]
     return [*of_picture.values(), *labels, *orphans]
 
 

@@ -1,7 +1,6 @@
 """What a label file says about a picture."""
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,14 +41,9 @@ class Label:
     stems: tuple[str, ...] = ()  # the names without suffix that the picture may have
     size: Any = None  # width and height of the picture in the label file
     objects: list[Object] = field(default_factory=list)
-    root: str = ""  # the directory of the dataset
-    picture: str | None = None  # its file, relative to `root`, once it is found
+    picture: str | None = None  # its file in the dataset, once it is found
+    path: str = ""  # of the picture
     split: str = "all"  # or "train", "val", "test"
-
-    @property
-    def path(self) -> str:
-        """The path of the picture."""
-        return os.path.join(self.root, self.picture or "")
 
     def add(self, object: Object, read: Callable, *shape: Any, what: str = "label") -> None:
         """Add an object, whose `shape` is read by a function that raises ValueError for a fault."""
