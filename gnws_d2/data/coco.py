@@ -171,12 +171,11 @@ def check_datasets(cfg: CfgNode, keys: Sequence[str]) -> None:
 
 def check_num_classes(cfg: CfgNode, dataset: str, classes: list[str]) -> None:
     """Raise :class:`UserError` if the model has another number of classes than the dataset."""
-    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if len(classes) != num_classes:
+    key, number = "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if len(classes) != number:
         raise UserError(
-            f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}, but the dataset {dataset} has "
-            f"{len(classes)} classes ({_join(classes)}): set MODEL.ROI_HEADS.NUM_CLASSES "
-            f"{len(classes)}."
+            f"{key} is {number}, but the dataset {dataset} has {len(classes)} classes "
+            f"({_join(classes)}): set {key} {len(classes)}."
         )
 
 
@@ -204,9 +203,8 @@ def class_metadata(name: str, classes: dict[Any, str]) -> Metadata:
     them: a model need not have the classes of the dataset of that name in this process.
     """
     known, fields = MetadataCatalog.get(name), class_fields(classes)
-    if all(known.get(key) == value for key, value in fields.items()):
-        return known
-    return Metadata(name=name, **fields)
+    is_same = all(known.get(key) == value for key, value in fields.items())
+    return known if is_same else Metadata(name=name, **fields)
 
 
 def _check_dataset(cfg: CfgNode, key: str, name: str) -> None:

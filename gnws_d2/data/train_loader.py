@@ -67,9 +67,8 @@ class TrainLoader:
         self._dataset = _SeededDataset(dataset, mapper, on_bad_image, copy_paste)
         self._sampler: Any = sampler
         records = (dataset[i] for i in range(len(dataset)))
-        self._groups = [
-            aspect_ratio_grouping and r.get("width", 0) > r.get("height", 0) for r in records
-        ]
+        is_wide = (r.get("width", 0) > r.get("height", 0) for r in records)
+        self._groups = [aspect_ratio_grouping and wide for wide in is_wide]
         self._batch_size = batch_size
         self._num_workers = num_workers
         # The iteration and the position in the stream where this number of processes and this

@@ -245,8 +245,7 @@ def _find_masks(images: list[str], other_stems: set[str]) -> set[str]:
     stems = {stem(f).lower() for f in images if f not in masks and f not in maybe}
     masks |= {f for f in maybe if any(name in stems for name in stems_before(stem(f).lower()))}
     for file in images:
-        match = re.fullmatch(MASK_STEM, stem(file).lower())
-        if match and match[1] in stems:
+        if (match := re.fullmatch(MASK_STEM, stem(file).lower())) and match[1] in stems:
             masks.add(file)
     return masks if stems else set()
 
