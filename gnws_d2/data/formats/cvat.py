@@ -1,5 +1,6 @@
 """CVAT for images 1.1: one XML file for many pictures."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 from xml.etree import ElementTree
@@ -40,29 +41,27 @@ def parse(tree: Tree, file: str) -> Iterator[Label]:
 def _read_shape(object: Object, item: ElementTree.Element, size: tuple) -> None:
     if item.tag in _OTHERS:
         raise ValueError(f"a {item.tag} is not a region")
+    angle = math.radians(to_number(item.get("rotation")) or 0)
     if item.tag == "polygon":
         points = to_numbers(item.get("points", "").replace(";", ",").split(","))
         object.segmentation = [points] if points else None
     elif item.tag == "mask":
         object.segmentation = _read_mask(item, size)
     elif item.tag == "ellipse":
-        values = to_numbers([item.get(key) for key in ("cx", "cy", "rx", "ry")])
-        if values:
-            turn = np.deg2rad(to_number(item.get("rotation")) or 0)
-            object.segmentation = [ellipse(*values, angle=float(turn))]
-    else:
-        values = to_numbers([item.get(key) for key in ("xtl", "ytl", "xbr", "ybr")])
-        if values and not to_number(item.get("rotation")):
+        if values := to_numbers([item.get(key) for key in ("cx", "cy", "rx", "ry")]):
+            object.segmentation = [ellipse(*values, angle=angle)]
+    elif values := to_numbers([item.get(key) for key in ("xtl", "ytl", "xbr", "ybr")]):
+        if angle:
+            object.segmentation = [_turn(box_of(*values), angle)]
+        else:
             object.box, object.rectangle = box_of(*values), True
-        elif values:
-            object.segmentation = [_turn(box_of(*values), float(item.get("rotation", 0)))]
     if object.box is None and object.segmentation is None:
         raise ValueError("it has values that are not numbers")
 
 
-def _turn(box: list[float], degrees: float) -> list[float]:
+def _turn(box: list[float], angle: float) -> list[float]:
     x, y, w, h = box
-    cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    cos, sin = math.cos(angle), math.sin(angle)
     corners = np.array([[-w, -h], [w, -h], [w, h], [-w, h]]) / 2 @ [[cos, sin], [-sin, cos]]
     return (corners + (x + w / 2, y + h / 2)).ravel().tolist()
 
