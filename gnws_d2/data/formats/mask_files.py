@@ -9,6 +9,7 @@ import pycocotools.mask as mask_util
 from PIL import Image
 
 from ...utils.errors import UserError
+from ..check import is_size
 from .label import encode_mask, encode_parts
 from .tree import Tree, read_text
 
@@ -30,7 +31,7 @@ _Parts = dict[int, list[dict[str, Any]]]
 class Values(NamedTuple):
     """The values of a mask."""
 
-    numbers: tuple[int, ...]  # those other than 0, at most 1,000
+    numbers: tuple[int, ...]  # those other than 0
     is_blurred: bool  # whether compression or resizing has changed them
     is_two_valued: bool  # whether nearly all are near 0 or near the highest
     size: tuple[int, int]  # width and height
@@ -52,6 +53,8 @@ def _decode(path: str, colors: bool = False) -> np.ndarray:
     mode = "RGB" if colors else None
     try:
         with Image.open(path) as image:
+            if not is_size(*image.size):
+                raise ValueError(f"it is larger than PIL.Image.MAX_IMAGE_PIXELS: {image.size}")
             if mode is None and image.mode in ("RGBA", "LA", "CMYK"):
                 mode = "L" if image.mode == "LA" else "RGB"
             values = np.asarray(image.convert(mode) if mode else image)
@@ -79,8 +82,8 @@ def read_values(path: str, is_one: bool) -> Values:
     mask, is_jpeg = _decode(path), path.lower().endswith(_JPEG)
     if mask.dtype != np.uint8:
         values = np.unique(mask)
-        numbers = tuple(int(n) for n in values[:1001] if n)
         is_blurred = is_jpeg or len(values) > _MAX_OBJECTS
+        numbers = () if is_blurred else tuple(int(n) for n in values if n)
         is_two_valued = not is_blurred
     else:
         counts = cv2.calcHist([mask], [0], None, [256], [0, 256]).ravel().astype(int)
@@ -117,7 +120,10 @@ def read_objects(
         return [(ONE_CLASS, rle) for rles in parts.values() for rle in rles], False
     classes = None
     if reading.by_class or _OBJECTS in path:  # in Pascal VOC's layout, (H, W, 3)
-        classes = _decode(path.replace(_OBJECTS, "SegmentationClass"), True)
+        of_classes = path.replace(_OBJECTS, "SegmentationClass")
+        classes = _decode(of_classes, True)
+        if classes.shape[1::-1] != values.size:
+            raise UserError(f"The mask {of_classes} has another size than {path}.")
     objects: list[tuple[str, Any]] = []
     known = [rles for number, rles in parts.items() if number in reading.known and rles]
     for rles in known:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import yaml
@@ -110,7 +110,9 @@ class Tree:
         several pictures the nearest: in the directory of the label, in the one that mirrors it, in
         the same split. Raise :class:`UserError` if several are equally near.
         """
-        parts = _parts(urlsplit(named).path if named and "://" in named else named or "")
+        named = named or ""
+        # Of a URL the path; urllib refuses some.
+        parts = _parts(re.sub(r"^.*?://[^/]*|[?#].*", "", named) if "://" in named else named)
         for start in range(len(parts)):
             end = [part.lower() for part in parts[start:]]
             of_stem = self._of_stem.get(stem(end[-1]), [])
@@ -221,7 +223,14 @@ def read_text(path: str) -> str:
 
 def _walk(root: str) -> Iterable[str]:
     for directory, directories, names in os.walk(root, followlinks=True):
-        directories[:] = [d for d in directories if not re.match(_LEFT_BEHIND, d)]
+        here = os.path.realpath(directory) + os.sep
+        directories[:] = [
+            d
+            for d in directories
+            if not re.match(_LEFT_BEHIND, d)
+            # A link to a directory above would be followed again and again.
+            and not here.startswith(os.path.realpath(os.path.join(directory, d)) + os.sep)
+        ]
         for name in (name for name in names if name[0] != "."):
             yield os.path.relpath(os.path.join(directory, name), root).replace(os.sep, "/")
 

@@ -36,7 +36,7 @@ def parse(tree: Tree, file: str) -> Iterator[Label]:
     shape = to_numbers(content.get("kpt_shape") or [0])
     if shape is None:
         raise UserError(f"{tree.path(data_file)}: kpt_shape is not a list of two numbers.")
-    keypoints = int(math.prod(shape))
+    keypoints = math.prod(shape)
     objects = [
         _parse_line(line.strip(), names, keypoints, f"{tree.path(file)}, line {number}")
         for number, line in enumerate(read_text(tree.path(file)).splitlines(), 1)
@@ -45,7 +45,7 @@ def parse(tree: Tree, file: str) -> Iterator[Label]:
     yield Label(file, stems=(stem(file),), objects=objects)
 
 
-def _parse_line(line: str, names: dict[int, str], keypoints: int, where: str) -> Object:
+def _parse_line(line: str, names: dict[int, str], keypoints: float, where: str) -> Object:
     words = _SEPARATOR.split(line)
     numbers = [to_number(word) for word in words]
     object = Object(where, "", relative=True)
