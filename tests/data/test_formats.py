@@ -145,6 +145,7 @@ def test_classes_of_two_files_are_the_same_by_name_without_those_that_have_no_ob
         {"separator": ","},
         {"end": " 0.9"},  # a confidence
         {"names": "kpt_shape: [2, 2]\nnames: [cat, dog]\n", "end": " .1 .2 .3 .4"},
+        {"names": "kpt_shape: [1e300, 1.e300]\nnames: [cat, dog]\n"},
         {"polygons": True},
     ],
 )

@@ -156,6 +156,23 @@ def test_pascal_voc(tmp_path, own, by_object):
     assert_masks(read(tmp_path, files)[0], {"JPEGImages/a.jpg": [ONE, TWO]}, names)
 
 
+def test_mask_with_thousands_of_objects_keeps_them_all(tmp_path):
+    mask = np.arange(40 * 60, dtype=np.uint16).reshape(40, 60)
+    coco, _ = read(tmp_path, {"images/a.png": (60, 40), "masks/a.png": mask})
+    assert len(coco["annotations"]) == 40 * 60 - 1
+
+
+def test_mask_larger_than_pillow_opens_or_than_its_classes_is_told(tmp_path, monkeypatch):
+    names = {f"Segmentation{what}/a.png": NUMBERS for what in ("Class", "Object")}
+    files = {"JPEGImages/a.jpg": (W, H)} | names | {"SegmentationClass/a.png": NUMBERS[1:]}
+    message = r"SegmentationClass/a\.png has another size than .*SegmentationObject/a\.png"
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "voc", files)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", W * H - 1)
+    with pytest.raises(UserError, match=r"masks/a\.png cannot be read: .*MAX_IMAGE_PIXELS"):
+        read(tmp_path, {"images/a.jpg": (W, H), "masks/a.png": BOTH})
+
+
 def test_damaged_mask_is_told(tmp_path):
     with pytest.raises(UserError, match=r"mask .*masks/a\.png cannot be read"):
         read(tmp_path, {"images/a.jpg": (W, H), "masks/a.png": b"\x89PNG\r\n\x1a\n"})

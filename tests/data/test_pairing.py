@@ -256,3 +256,19 @@ def test_a_mirrored_directory_is_nearer_than_one_with_a_directory_of_a_role_belo
         "data.yaml": "names: [red, blue]",
     }
     check_colors(tmp_path, read_dataset(write(tmp_path, files)))
+
+
+@pytest.mark.parametrize(
+    "url", ["https://h.org/x/a.png?size=2#top", "http://[x/a.png", "s3://b/a.png"]
+)
+def test_picture_that_a_url_names(tmp_path, url):
+    files = {"pictures/a.png": picture("red"), "b.png": picture("blue"), "b.xml": voc("red", url)}
+    splits = read_dataset(write(tmp_path, files))
+    check_colors(tmp_path, splits)
+    assert [i["file_name"] for i in splits["all"]["images"]] == ["pictures/a.png"]
+
+
+def test_link_to_a_directory_above_is_not_followed(tmp_path):
+    root = write(tmp_path / "data", {"a/1.png": picture("red"), "a/1.xml": voc("red")})
+    (tmp_path / "data/a/again").symlink_to(tmp_path / "data", target_is_directory=True)
+    assert files_of(read_dataset(root)) == {"all": ["a/1.png"]}
