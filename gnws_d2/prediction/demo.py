@@ -33,22 +33,17 @@ class VisualizationDemo:
     """Run a model on images or frames, draw its detections, and collect them."""
 
     def __init__(self, args: argparse.Namespace):
-        """
-        Args:
-            args: the options of ``tools/demo.py``.
-        """
+        """`args` are the options of ``tools/demo.py``."""
         if args.model is not None:
             cfg = find_trained(args.model, args.opts, args.dataset)
         else:
             cfg = load_config(args.config_file, args.opts, args.dataset)
             if "MODEL.DEVICE" not in args.opts:
                 choose_device(cfg)
-        self.threshold = args.threshold
-        if self.threshold is None:
-            self.threshold = read_threshold(cfg.MODEL.WEIGHTS)
+        given = args.threshold
+        self.threshold = read_threshold(cfg.MODEL.WEIGHTS) if given is None else given
         cfg.defrost()
         cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = self.threshold
-        cfg.freeze()
         self.predictor = Predictor(cfg)
         metadata = self.predictor.metadata
         if metadata.get("thing_classes") is None:

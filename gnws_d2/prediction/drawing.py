@@ -28,10 +28,7 @@ class LabelVisualizer(Visualizer):
     """:class:`Visualizer` with a color for each class and :func:`arrange_labels`."""
 
     def draw_instance_predictions(self, predictions: Instances) -> VisImage:
-        """
-        Args:
-            predictions: see :class:`Visualizer`; on the CPU.
-        """
+        """See :class:`Visualizer`; `predictions` are on the CPU."""
         masks = None
         if predictions.has("pred_masks"):
             masks = predictions.pred_masks.numpy().view(np.uint8)

@@ -7,23 +7,102 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
+from xml.etree import ElementTree
 
 import cv2
+import numpy as np
 import yaml
 
 from ..config import check_choice
 from ..data.dataset_mapper import IMAGE_SUFFIXES, read_image
+from ..data.formats.label import corners_of
 from ..utils.errors import UserError
-from .label_formats import to_coco, to_labelme, to_voc, to_yolo
+from .outlines import outline_mask
 from .results import CocoDetections
 
-FORMATS = ("labelme", "yolo", "voc", "coco")
+_Item = dict[str, Any]  # a picture, or an object: COCO's with the name and number of its class
+
+
+def _outline(annotation: _Item, one: bool = False) -> list[np.ndarray]:
+    """The polygons of an object, (N, 2), or of an empty mask the box. `one`: join all parts."""
+    if "segmentation" not in annotation:
+        return []
+    found = outline_mask(annotation["segmentation"], one)
+    return found or [np.reshape(corners_of(annotation["bbox"]), (-1, 2))]
+
+
+def _to_coco(annotation: _Item) -> _Item:
+    """An annotation, without a score, and with polygons."""
+    own = {k: v for k, v in annotation.items() if k not in ("score", "name", "number")}
+    polygons = [polygon.ravel().tolist() for polygon in _outline(annotation)]
+    if not polygons:
+        return own
+    points = np.reshape(np.concatenate(polygons), (-1, 2))
+    box = [*points.min(0).tolist(), *np.ptp(points, 0).tolist()]
+    return {**own, "segmentation": polygons, "bbox": box}
+
+
+def _to_labelme(image: _Item, objects: list[_Item]) -> str:
+    """Return labelme's JSON, where an object of several parts has a ``group_id``."""
+    shapes = []
+    for o in objects:
+        x, y, w, h = o["bbox"]
+        outlines = [("polygon", polygon.tolist()) for polygon in _outline(o)]
+        outlines = outlines or [("rectangle", [[x, y], [x + w, y + h]])]
+        group = o["id"] if len(outlines) > 1 else None
+        shapes += [
+            {"label": o["name"], "points": p, "group_id": group, "shape_type": kind, "flags": {}}
+            for kind, p in outlines
+        ]
+    label = {
+        "version": "5.0.0", "flags": {}, "shapes": shapes, "imageData": None,
+        "imagePath": os.path.basename(image["file_name"]),
+        "imageHeight": image["height"], "imageWidth": image["width"],
+    }  # fmt: skip
+    return json.dumps(label, indent=1)
+
+
+def _to_yolo(image: _Item, objects: list[_Item]) -> str:
+    """Return a line for each object: a polygon, or a box's center and size."""
+    lines = ""
+    for o in objects:
+        x, y, w, h = o["bbox"]
+        points = [*_outline(o, one=True), np.array([[x + w / 2, y + h / 2], [w, h]])][0]
+        values = (points / (image["width"], image["height"])).ravel()
+        lines += " ".join([str(o["number"]), *(f"{v:.6f}" for v in values)]) + "\n"
+    return lines
+
+
+def _to_voc(image: _Item, objects: list[_Item]) -> str:
+    """Return Pascal VOC's XML, with boxes whose pixels count from 1."""
+    size = [("width", image["width"]), ("height", image["height"]), ("depth", 3)]
+    content: list[tuple[str, Any]] = [("filename", image["file_name"]), ("size", size)]
+    for o in objects:
+        x, y, w, h = o["bbox"]
+        corners = zip(("xmin", "ymin", "xmax", "ymax"), (x + 1, y + 1, x + w, y + h))
+        box = [(key, f"{value:.2f}") for key, value in corners]
+        content.append(("object", [("name", o["name"]), ("difficult", 0), ("bndbox", box)]))
+    root = ElementTree.Element("annotation")
+    _fill(root, content)
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _fill(element: ElementTree.Element, content: Any) -> None:
+    if not isinstance(content, list):
+        element.text = str(content)
+        return
+    for key, value in content:
+        _fill(ElementTree.SubElement(element, key), value)
+
+
 # Where a picture has a label of its own: directories of pictures and labels, suffix and function.
 _LAYOUTS: dict[str, tuple[str, str, str, Callable[..., str]]] = {
-    "labelme": ("", "", ".json", to_labelme),
-    "yolo": ("images", "labels", ".txt", to_yolo),
-    "voc": ("JPEGImages", "Annotations", ".xml", to_voc),
+    "labelme": ("", "", ".json", _to_labelme),
+    "yolo": ("images", "labels", ".txt", _to_yolo),
+    "voc": ("JPEGImages", "Annotations", ".xml", _to_voc),
 }
+FORMATS = (*_LAYOUTS, "coco")
 
 
 def labels_directory(directory: str, format: str) -> str:
@@ -62,11 +141,17 @@ def save_labels(detections: CocoDetections, directory: str, format: str, image_r
     images = list(_name_copies(detections.images, unique=format in _LAYOUTS))
     try:
         os.makedirs(part)
+        pictures = os.path.join(part, _LAYOUTS[format][0] if format in _LAYOUTS else "")
         for source, image in images:
-            pictures = _LAYOUTS[format][0] if format in _LAYOUTS else ""
-            _copy(
-                os.path.join(image_root, source), os.path.join(part, pictures, image["file_name"])
+            source, copy = (
+                os.path.join(image_root, source),
+                os.path.join(pictures, image["file_name"]),
             )
+            os.makedirs(os.path.dirname(copy), exist_ok=True)
+            if source.lower().endswith(IMAGE_SUFFIXES):
+                shutil.copy2(source, copy)
+            else:
+                cv2.imencode(".png", read_image(source, "BGR"))[1].tofile(copy)
         _write_labels(detections, part, format, [image for _, image in images])
         os.rename(part, target)
     except OSError as e:
@@ -79,9 +164,7 @@ def save_labels(detections: CocoDetections, directory: str, format: str, image_r
     print(f"{len(images)} pictures with labels to correct{what}: {target}")
 
 
-def _name_copies(
-    images: list[dict[str, Any]], unique: bool
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _name_copies(images: list[_Item], unique: bool) -> Iterator[tuple[str, _Item]]:
     """
     Yield the file of each picture, and the picture with the name of its copy. If `unique`, no two
     names differ by their suffix only.
@@ -97,25 +180,15 @@ def _name_copies(
         yield name, {**image, "file_name": stem + suffix}
 
 
-def _copy(source: str, target: str) -> None:
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    if source.lower().endswith(IMAGE_SUFFIXES):
-        shutil.copy2(source, target)
-    else:
-        cv2.imencode(".png", read_image(source, "BGR"))[1].tofile(target)
-
-
-def _write_labels(
-    detections: CocoDetections, root: str, format: str, images: list[dict[str, Any]]
-) -> None:
+def _write_labels(detections: CocoDetections, root: str, format: str, images: list[_Item]) -> None:
     names = {category["id"]: category["name"] for category in detections.categories}
     numbers = {id: number for number, id in enumerate(names)}
-    objects: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    objects: dict[Any, list[_Item]] = defaultdict(list)
     for a in detections.annotations:
-        class_ = {"name": names[a["category_id"]], "number": numbers[a["category_id"]]}
-        objects[a["image_id"]].append({**a, **class_})
+        id = a["category_id"]
+        objects[a["image_id"]].append({**a, "name": names[id], "number": numbers[id]})
     if format == "coco":
-        found = [to_coco(o) for image in images for o in objects[image["id"]]]
+        found = [_to_coco(o) for image in images for o in objects[image["id"]]]
         coco = {"categories": detections.categories, "images": images, "annotations": found}
         _write(os.path.join(root, "annotations.json"), json.dumps(coco))
         return

@@ -141,16 +141,13 @@ class Predictor(DefaultPredictor):
         """
         if isinstance(original_image, str | Path) and not os.path.isfile(original_image):
             found = find_images(original_image)
-            if os.path.isdir(original_image) or found:
-                return self._predict_files(original_image, found)
+            if os.path.isdir(original_image) and not found:
+                raise BadImageError(f"There is no image in {original_image}.")
+            if found:
+                return ({"file_name": f, **self._predict([open_picture(f)])[0]} for f in found)
         if isinstance(original_image, list | tuple) and original_image:
             return self._predict(list(map(open_picture, original_image)))
         return self._predict([open_picture(original_image)])[0]
-
-    def _predict_files(self, path: str | Path, files: list[str]) -> Iterator[dict[str, Any]]:
-        if not files:
-            raise BadImageError(f"There is no image in {path}.")
-        return ({"file_name": file, **self._predict([open_picture(file)])[0]} for file in files)
 
     def _predict(self, images: list[np.ndarray]) -> list[dict[str, Any]]:
         with torch.no_grad():

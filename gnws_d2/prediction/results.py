@@ -34,38 +34,23 @@ def to_supervision(instances: Instances, metadata: Metadata) -> "supervision.Det
         import supervision
     except ImportError as e:
         raise UserError("to_supervision needs the package supervision: install it by pip.") from e
-    instances = instances.to("cpu")
-    classes = instances.pred_classes.numpy()
-    return supervision.Detections(
-        xyxy=instances.pred_boxes.tensor.numpy(),
-        mask=instances.pred_masks.numpy() if instances.has("pred_masks") else None,
-        confidence=instances.scores.numpy(),
-        class_id=classes.astype(int),
-        data={"class_name": np.array(metadata.thing_classes)[classes]},
-    )
+    detections = supervision.Detections.from_detectron2({"instances": instances})
+    detections.data["class_name"] = np.array(metadata.thing_classes)[detections.class_id]
+    return detections
 
 
 class CocoDetections:
     """Detections on several images as a dataset in COCO format, with scores."""
 
     def __init__(self, metadata: Metadata):
-        """
-        Args:
-            metadata: has ``thing_classes`` and ``thing_dataset_id_to_contiguous_id``.
-        """
+        """`metadata` has ``thing_classes`` and ``thing_dataset_id_to_contiguous_id``."""
         ids = metadata.thing_dataset_id_to_contiguous_id  # in the order of the classes
         self.categories = [{"id": i, "name": name} for i, name in zip(ids, metadata.thing_classes)]
         self.images: list[dict[str, Any]] = []
         self.annotations: list[dict[str, Any]] = []
 
     def add(self, instances: Instances, **fields: Any) -> None:
-        """
-        Add an image.
-
-        Args:
-            instances: its detections, on the CPU.
-            fields: other keys of the image, such as ``file_name``.
-        """
+        """Add an image, its detections on the CPU, and other keys, such as ``file_name``."""
         image_id, (height, width) = len(self.images) + 1, instances.image_size
         self.images.append({"id": image_id, **fields, "width": width, "height": height})
         areas = instances.pred_boxes.area()
