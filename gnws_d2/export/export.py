@@ -8,7 +8,9 @@ from functools import partial
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from ..checkpoint import GNWSCheckpointer
 from ..data import OpenCVDatasetMapper, check_datasets
@@ -16,14 +18,16 @@ from ..data.coco import dataset_classes
 from ..prediction.picture import find_images
 from ..utils.errors import RunError, UserError
 from ..utils.files import atomic_write
-from .detections import Detector, compare_detections, detect
 from .fold import fold_model
-from .formats import to_folded, to_onnx, to_torchscript
+from .formats import Detections, Detector, detect, to_folded, to_onnx, to_torchscript
 from .quantize import to_int8
 
 logger = logging.getLogger(__name__)
 
 _MAX_CALIBRATION_IMAGES = 100
+# Two detections are the same within these limits: IoU of the boxes, difference of the scores and
+# of the mask probabilities.
+MIN_IOU, MAX_SCORE_DIFFERENCE, MAX_MASK_DIFFERENCE = 0.99, 1e-3, 1e-2
 
 
 def export_model(
@@ -128,3 +132,31 @@ def _verify(model: Detector, exported: Detector, inputs: dict[str, Tensor], cfg:
             f"other --images, or lower MODEL.ROI_HEADS.SCORE_THRESH_TEST ({threshold})."
         )
     return num_matched
+
+
+def compare_detections(expected: Detections, actual: Detections, cut: float) -> tuple[int, int]:
+    """
+    Return the number of expected detections with a match, and the number of detections on both
+    sides without one.
+
+    Args:
+        expected, actual: results of :func:`detect` on the same image.
+        cut: score below which the models drop detections. One that the other model may have just
+            below `cut` does not count as unmatched.
+    """
+    # Detectron2's postprocessing also drops empty boxes.
+    expected, actual = (
+        {k: v[Boxes(d["pred_boxes"]).nonempty()] for k, v in d.items()} for d in (expected, actual)
+    )
+    a, b = expected["scores"], actual["scores"]
+    same = box_iou(expected["pred_boxes"], actual["pred_boxes"]) > MIN_IOU
+    same &= (a[:, None] - b[None]).abs() < MAX_SCORE_DIFFERENCE
+    same &= expected["pred_classes"][:, None] == actual["pred_classes"][None]
+    if "pred_masks" in expected:
+        i, j = same.nonzero(as_tuple=True)
+        masks = (expected["pred_masks"][i] - actual["pred_masks"][j]).abs().flatten(1)
+        same[i, j] = (masks < MAX_MASK_DIFFERENCE).all(dim=1)
+    clear = cut + MAX_SCORE_DIFFERENCE
+    missing = (a > clear) & ~same.any(dim=1)
+    unexpected = (b > clear) & ~same.any(dim=0)
+    return int(same.any(dim=1).sum()), int(missing.sum() + unexpected.sum())

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,14 +14,29 @@ from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
-from .detections import Detector, detect
-
+Detections = dict[str, Tensor]  # see `detect`
+Detector = Callable[[Tensor], Detections]
 Classes = dict[Any, str] | None  # see GNWSCheckpointer
 
 # The fields of `Instances` in the model.
 _FIELDS = dict.fromkeys(("proposal_boxes", "pred_boxes"), Boxes) | dict.fromkeys(
     ("objectness_logits", "scores", "pred_classes", "pred_masks"), Tensor
 )
+
+
+def detect(model: GeneralizedRCNN, image: Tensor) -> Detections:
+    """
+    Run a model in evaluation mode on an image (3, H, W) of the network's input size.
+
+    Returns:
+        Detectron2's fields: "pred_boxes" (N, 4) in pixels of `image`, "scores" (N,),
+        "pred_classes" (N,) and, for a Mask R-CNN, "pred_masks" (N, 1, 28, 28), probabilities inside
+        the box.
+    """
+    with torch.no_grad():
+        (instances,) = model.inference([{"image": image}], do_postprocess=False)
+    fields = instances.get_fields()
+    return {k: v.tensor if isinstance(v, Boxes) else v for k, v in fields.items()}
 
 
 def to_folded(

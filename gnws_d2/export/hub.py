@@ -1,24 +1,57 @@
 """Share a trained model on the Hugging Face Hub."""
 
+import contextlib
 import json
+import math
 import os
+import re
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import cv2
+import yaml
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from tabulate import tabulate
 
 from ..checkpoint import load_checkpoint
+from ..checkpoint.checkpointer import describe
 from ..checkpoint.files import THRESHOLD_FILE
 from ..checkpoint.hub import import_hub, shorten
-from ..data import read_image
+from ..data import read_image, register_coco_datasets
 from ..prediction import Predictor, find_trained
 from ..prediction.drawing import LabelVisualizer
+from ..report.analysis import METRICS
 from ..report.run_dir import Run, read_run
 from ..utils.errors import UserError
-from .model_card import model_card
+
+_CARD = """---
+{front}---
+
+# {title}
+
+This is {network} with Group Normalization and Weight Standardization, for gnws_d2 and Detectron2.
+{picture}
+## Use
+
+```python
+from gnws_d2 import Predictor  # with huggingface-hub and safetensors
+predictor = Predictor.from_pretrained("{repo}")
+instances = predictor("image.jpg")["instances"]
+instances = instances[instances.scores >= predictor.threshold]
+print([predictor.metadata.thing_classes[i] for i in instances.pred_classes], instances)
+```
+
+## Training
+
+{training}
+
+## Evaluation
+
+{evaluation}
+"""
 
 
 def push_to_hub(
@@ -91,7 +124,7 @@ def _write_files(folder: str, run: Run, repo: str, license: str, picture: str | 
         Path(folder, THRESHOLD_FILE).write_bytes(file.read_bytes())
     classes = [{"id": k, "name": v} for k, v in (checkpoint.get("classes") or {}).items()]
     content = json.dumps({"classes": classes, "threshold": threshold}, indent=1)
-    card = model_card(run, state, checkpoint, repo, license, bool(picture))
+    card = _model_card(run, state, checkpoint, repo, license, bool(picture))
     for name, text in (("config.yaml", shared), ("gnws.json", content), ("README.md", card)):
         Path(folder, name).write_text(text, "utf-8")
     if picture:
@@ -115,3 +148,72 @@ def _shared_config(cfg: CfgNode) -> CfgNode:
         for key in keys:
             del node[key]
     return cfg
+
+
+def _model_card(
+    run: Run, state: dict, checkpoint: dict, repo: str, license: str, has_picture: bool
+) -> str:
+    """Return the README.md of a model, without paths and names of the machine."""
+    cfg, iteration = run.cfg, checkpoint.get("iteration", -1)
+    front = {
+        "license": license,
+        "library_name": "detectron2",
+        "pipeline_tag": "image-segmentation" if cfg.MODEL.MASK_ON else "object-detection",
+        "tags": ["gnws_d2", "group-normalization", "weight-standardization"],
+    }
+    register_coco_datasets(cfg.DATASETS.COCO)
+    images, objects = _count(cfg.DATASETS.TRAIN)
+    classes = list((checkpoint.get("classes") or {}).values())
+    facts = {
+        "Images": images,
+        "Objects": objects,
+        "Classes": f"{len(classes)}: {', '.join(classes)}" if classes else "",
+        "Iterations": f"{iteration + 1:,}" if iteration >= 0 else "",
+        "Duration": run.facts.get("Duration", ""),
+        "Versions": run.facts.get("Versions", ""),
+    }
+    rows = [[name, _escape(text)] for name, text in facts.items() if text]
+    is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    return _CARD.format(
+        front=yaml.safe_dump(front, sort_keys=False),
+        title=repo.partition("/")[2],
+        network=describe(state) if is_rcnn else cfg.MODEL.META_ARCHITECTURE,
+        picture="\n![Detections](detections.jpg)\n" if has_picture else "",
+        repo=repo,
+        training=tabulate(rows, ["Trained on", ""], "github", disable_numparse=True),
+        evaluation=_evaluation(run, iteration),
+    )
+
+
+def _evaluation(run: Run, iteration: int) -> str:
+    """AP as it was logged when the checkpoint was evaluated."""
+    names, known = run.cfg.DATASETS.TEST, dict[str, float]()
+    for line in run.metrics:  # after the last iteration Detectron2 counts one more
+        known |= line if min(line["iteration"], run.cfg.SOLVER.MAX_ITER - 1) == iteration else {}
+    prefix = f"{names[0]}/" if len(names) > 1 else ""
+    rows = []
+    for task, name in (("bbox", "box"), ("segm", "mask")):
+        values = [known.get(f"{prefix}{task}/{metric}", math.nan) for metric in METRICS]
+        if not all(map(math.isnan, values)):
+            rows.append([name, *("" if math.isnan(v) else f"{v:.1f}" for v in values)])
+    if not rows:
+        return "The log of the training has no evaluation of this checkpoint."
+    images, objects = _count(names[:1])
+    where = f" on {images} images with {objects} objects" if images else ""
+    table = tabulate(rows, ["%", *METRICS], "github", disable_numparse=True)
+    return f"COCO AP{where}:\n\n{table}"
+
+
+def _count(datasets: tuple[str, ...]) -> tuple[str, str]:
+    """Count images and objects; "" if the annotations are not there."""
+    with contextlib.suppress(Exception):
+        records = [record for name in datasets for record in DatasetCatalog.get(name)]
+        objects = [a for r in records for a in r["annotations"] if not a.get("iscrowd")]
+        return f"{len(records):,}", f"{len(objects):,}"
+    return "", ""
+
+
+def _escape(text: str) -> str:
+    """Keep a class name from being read as Markdown or HTML."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([|`*_\\\[\]])", r"\\\1", " ".join(text.split()))

@@ -20,8 +20,7 @@ from torch import Tensor
 from ..data import OpenCVDatasetMapper
 from ..evaluation import COCOEvaluator
 from ..utils.errors import RunError, UserError
-from .detections import Detector
-from .formats import onnx_detector
+from .formats import Detector, onnx_detector
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +44,11 @@ def quantize_onnx(data: bytes, images: Sequence[Tensor]) -> bytes:
     """
     from onnxruntime import quantization  # an optional requirement
 
-    class Reader(quantization.CalibrationDataReader):
-        def __init__(self):
-            self.images = iter(images)
+    inputs = ({"image": image.numpy()} for image in images)
 
+    class Reader(quantization.CalibrationDataReader):
         def get_next(self) -> dict | None:
-            image = next(self.images, None)
-            return None if image is None else {"image": image.numpy()}
+            return next(inputs, None)
 
     with tempfile.TemporaryDirectory() as tmp:
         source, target = Path(tmp, "model.onnx"), Path(tmp, "model_int8.onnx")
