@@ -219,10 +219,7 @@ def check_device(cfg: CfgNode) -> None:
 
 
 def find_config_file(path_or_name: str) -> str:
-    """
-    Return the path of a config file, given as a path or, for the configs of this project, as
-    ``configs/NAME.yaml`` or NAME from any directory.
-    """
+    """Return the path of a config file, given as a path, ``configs/NAME.yaml`` or NAME of ours."""
     name = re.fullmatch(r"(?:configs/)?([\w-]+)(?:\.yaml)?", path_or_name)
     by_name = CONFIG_DIR / f"{name[1]}.yaml" if name else None
     if os.path.isfile(path_or_name) or not (by_name and by_name.is_file()):

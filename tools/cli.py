@@ -24,10 +24,7 @@ logging.getLogger("torch.fx._symbolic_trace").addFilter(
 
 
 def main(command: str | None = None) -> None:
-    """
-    Run `command` with the arguments of this process, or else the command that the first of them
-    names.
-    """
+    """Run `command`, or that of the first argument, with the arguments of this process."""
     function = COMMANDS[command or _parse_command()]
     parser = ArgumentParser(os.path.basename(sys.argv[0]), description=function.__doc__)
     try:

@@ -44,10 +44,7 @@ def download_from_hub(name: str) -> str:
 
 
 def import_hub(purpose: str, repo: str) -> Any:
-    """
-    Import huggingface_hub. Raise :class:`UserError` if the extra is missing, after `purpose`, or if
-    `repo` is not the name of a repository.
-    """
+    """Import huggingface_hub. Raise :class:`UserError` without the extra, or for a bad `repo`."""
     try:
         import huggingface_hub.errors
         import huggingface_hub.utils

@@ -1,4 +1,2 @@
 from .defaults import Trainer
 from .train_net import default_setup, get_config, run
-
-__all__ = ["Trainer", "default_setup", "get_config", "run"]

@@ -73,10 +73,7 @@ def check_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def check_precision(device: str, precision: str) -> None:
-    """
-    Raise :class:`UserError` for a ``SOLVER.AMP.PRECISION`` that is unknown, or that the CPU has to
-    emulate, at minutes per image.
-    """
+    """Raise :class:`UserError` for a precision that is unknown, or slow as the CPU emulates it."""
     check_choice("SOLVER.AMP.PRECISION", precision, ("float16", "bfloat16"))
     if device == "cpu" and not (precision == "bfloat16" and _cpu_has_bfloat16()):
         raise UserError(

@@ -10,16 +10,3 @@ from .coco_evaluation import (
     results_json,
 )
 from .threshold import best_thresholds
-
-__all__ = [
-    "COCOEvaluator",
-    "best_thresholds",
-    "build_evaluator",
-    "check_evaluators",
-    "evaluate_predictions",
-    "evaluate_results",
-    "max_dets",
-    "read_results",
-    "read_truth",
-    "results_json",
-]

@@ -40,10 +40,7 @@ class COCOEvaluator(_COCOEvaluator):
     threshold_file = ""
 
     def evaluate(self, img_ids: list[int] | None = None) -> dict[str, Any]:
-        """
-        See Detectron2. Raise :class:`Stopped` in all processes if one of them has received a
-        signal.
-        """
+        """See Detectron2. Raise :class:`Stopped` in all processes after a signal in any."""
         stop_together()  # before AP is computed on a part of the images
         return super().evaluate(img_ids)
 

@@ -1,5 +1,3 @@
 from .export import compare_detections, export_model
 from .fold import fold_model
 from .formats import detect
-
-__all__ = ["compare_detections", "detect", "export_model", "fold_model"]

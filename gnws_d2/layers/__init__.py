@@ -1,12 +1,3 @@
 from .conversion import convert_ws_conv, fold_for_inference
 from .group_norm import GroupNorm, group_norm
 from .weight_standardization import WSConv2d, standardize_weight
-
-__all__ = [
-    "GroupNorm",
-    "WSConv2d",
-    "convert_ws_conv",
-    "fold_for_inference",
-    "group_norm",
-    "standardize_weight",
-]

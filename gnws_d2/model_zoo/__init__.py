@@ -36,10 +36,7 @@ def names() -> list[str]:
 
 
 def get_checkpoint_url(name: str) -> str:
-    """
-    Return ``gnws://NAME``, the ``MODEL.WEIGHTS`` of a trained model. Raise RuntimeError if there is
-    no such model.
-    """
+    """Return ``gnws://NAME``, the weights of a model; raise RuntimeError if there is none."""
     if name not in names():
         raise RuntimeError(f"{name} not available in Model Zoo! It has {', '.join(names())}.")
     return f"gnws://{name}"

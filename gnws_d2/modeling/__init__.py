@@ -5,13 +5,3 @@ from .backbone import (
 )
 from .roi_heads import FastRCNNConvFCGNWSHead, MaskRCNNConvUpsampleGNWSHead
 from .rpn import MinQualityMatcher, MinQualityRPN
-
-__all__ = [
-    "FastRCNNConvFCGNWSHead",
-    "MaskRCNNConvUpsampleGNWSHead",
-    "MinQualityMatcher",
-    "MinQualityRPN",
-    "build_resnet_gnws_backbone",
-    "build_resnet_gnws_fpn_backbone",
-    "checkpoint_activations",
-]

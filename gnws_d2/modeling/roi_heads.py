@@ -41,10 +41,7 @@ class FastRCNNConvFCGNWSHead(_GNWSHead, FastRCNNConvFCHead):
 
 @ROI_MASK_HEAD_REGISTRY.register()
 class MaskRCNNConvUpsampleGNWSHead(_GNWSHead, MaskRCNNConvUpsampleHead):
-    """
-    :class:`MaskRCNNConvUpsampleHead` with its convolutions, but not its deconvolution and
-    predictor, weight-standardized.
-    """
+    """:class:`MaskRCNNConvUpsampleHead` with its convolutions alone weight-standardized."""
 
     section = "ROI_MASK_HEAD"
 

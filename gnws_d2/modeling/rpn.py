@@ -50,10 +50,7 @@ class MinQualityMatcher(Matcher):
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class MinQualityRPN(RPN):
-    """
-    :class:`RPN` that reads ``MODEL.RPN.MIN_LOW_QUALITY_IOU``; at 0, or without the key, it is
-    Detectron2's.
-    """
+    """:class:`RPN` with ``MODEL.RPN.MIN_LOW_QUALITY_IOU``; Detectron2's at 0 or without the key."""
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:

@@ -165,10 +165,7 @@ def save_labels(detections: CocoDetections, directory: str, format: str, image_r
 
 
 def _name_copies(images: list[_Item], unique: bool) -> Iterator[tuple[str, _Item]]:
-    """
-    Yield the file of each picture, and the picture with the name of its copy. If `unique`, no two
-    names differ by their suffix only.
-    """
+    """Yield each file, and its picture with the name of the copy; `unique`: without suffix, too."""
     taken: set[str] = set()
     for name, image in {image["file_name"]: image for image in images}.items():
         stem, suffix = os.path.splitext(name)

@@ -80,10 +80,7 @@ def _download(url: str) -> bytes:
 
 
 def sample_image() -> str:
-    """
-    Return the path of a photograph that comes with the package: Grace Hopper, by J. S. Davis of the
-    US Navy, in the public domain.
-    """
+    """Return the path of a photograph: Grace Hopper, by J. S. Davis, US Navy, public domain."""
     return str(Path(__file__).parent / "sample.jpg")
 
 

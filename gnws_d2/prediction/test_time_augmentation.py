@@ -36,10 +36,7 @@ class OpenCVDatasetMapperTTA(DatasetMapperTTA):
 
 
 def with_tta(cfg: CfgNode, model: GeneralizedRCNN) -> GeneralizedRCNNWithTTA:
-    """
-    Wrap a model for test-time augmentation of images in their original size. Raise
-    :class:`UserError` for models that Detectron2 does not support.
-    """
+    """Wrap a model for TEST.AUG; raise :class:`UserError` for models without that in Detectron2."""
     if cfg.MODEL.KEYPOINT_ON or not isinstance(model, GeneralizedRCNN):
         raise UserError(
             "TEST.AUG.ENABLED is for a GeneralizedRCNN without keypoints: set it False."

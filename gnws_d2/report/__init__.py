@@ -1,3 +1,1 @@
 from .report import make_report
-
-__all__ = ["make_report"]

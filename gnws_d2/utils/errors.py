@@ -7,10 +7,7 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """
-    A mistake in the user's input: a file, a config key, an argument. The message is one sentence
-    that says what is wrong, where, and what to do.
-    """
+    """A mistake in the input. The message is a sentence: what is wrong, where, and what to do."""
 
     exit_status = 2
 
@@ -31,10 +28,7 @@ class RunError(UserError):
 
 
 def exit_on_user_error(main: Callable) -> Callable:
-    """
-    Decorate the main function of a script: a :class:`UserError` ends it with one line on stderr
-    and its exit status, and Ctrl-C with exit status 130.
-    """
+    """Decorate a main function to end with one line for a :class:`UserError`, or Ctrl-C (130)."""
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):

@@ -54,10 +54,7 @@ def find_kernels(
 
 
 def refuse(mode: str, reason: str) -> None:
-    """
-    Warn that PyTorch's own operators run, once for each reason. Raise :class:`UserError` if `mode`
-    is "triton".
-    """
+    """Warn once that PyTorch's operators run; raise :class:`UserError` if `mode` is "triton"."""
     if mode == "triton":
         raise UserError(f'MODEL.GNWS.KERNELS is "triton", but {reason}: set it to "auto".')
     message = f"PyTorch's own operators run in place of Triton kernels: {reason}."
