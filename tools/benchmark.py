@@ -270,7 +270,7 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@exit_on_user_error
+@exit_on_user_error()
 def main() -> None:
     args = argument_parser().parse_args()
     args.batch_size = args.batch_size or (2 if args.work == "train" else 1)

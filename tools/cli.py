@@ -35,13 +35,10 @@ def main(command: str | None = None) -> None:
     except Exception:
         from gnws_d2.utils.errors import exit_on_user_error
 
-        exit_on_user_error(_raise_again)()
+        with exit_on_user_error():
+            raise
     if status is not None:
         sys.exit(status)
-
-
-def _raise_again() -> None:
-    raise
 
 
 def _parse_command() -> str:

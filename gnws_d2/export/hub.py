@@ -17,9 +17,9 @@ from detectron2.data import DatasetCatalog
 from tabulate import tabulate
 
 from ..checkpoint import load_checkpoint
+from ..checkpoint.catalog import import_hub, shorten
 from ..checkpoint.checkpointer import describe
 from ..checkpoint.files import THRESHOLD_FILE
-from ..checkpoint.hub import import_hub, shorten
 from ..data import read_image, register_coco_datasets
 from ..prediction import Predictor, find_trained
 from ..prediction.drawing import LabelVisualizer

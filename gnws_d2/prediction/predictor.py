@@ -16,6 +16,7 @@ from detectron2.modeling import build_model
 
 from .. import model_zoo
 from ..checkpoint import GNWSCheckpointer, find_checkpoint, read_config
+from ..checkpoint.catalog import download_from_hub
 from ..checkpoint.files import read_threshold
 from ..config import check_device, choose_device, load_config
 from ..data.coco import class_metadata
@@ -52,8 +53,6 @@ def find_trained(
     else:
         is_path = os.path.exists(model) or os.path.isdir(os.path.dirname(model))
         if model.startswith("hf://") or (_HUB.fullmatch(model) and not is_path):
-            from ..checkpoint.hub import download_from_hub
-
             model = download_from_hub(model)
         weights = find_checkpoint(model) if os.path.exists(model) else ""
         config_file = os.path.join(os.path.dirname(weights), "config.yaml")

@@ -1,9 +1,9 @@
 """Errors that end a command with one sentence instead of a traceback."""
 
-import functools
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 
 
 class UserError(Exception):
@@ -27,21 +27,17 @@ class RunError(UserError):
         Exception.__init__(self, message)
 
 
-def exit_on_user_error(main: Callable) -> Callable:
-    """Decorate a main function to end with one line for a :class:`UserError`, or Ctrl-C (130)."""
-
-    @functools.wraps(main)
-    def wrapper(*args, **kwargs):
-        try:
-            return main(*args, **kwargs)
-        except UserError as e:
-            print_error(f"error: {e}")
-            sys.exit(e.exit_status)
-        except KeyboardInterrupt:
-            print_error("interrupted")
-            sys.exit(130)
-
-    return wrapper
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """End a script with one line for a :class:`UserError`, or after Ctrl-C (exit status 130)."""
+    try:
+        yield
+    except UserError as e:
+        print_error(f"error: {e}")
+        sys.exit(e.exit_status)
+    except KeyboardInterrupt:
+        print_error("interrupted")
+        sys.exit(130)
 
 
 def print_error(message: str) -> None:
