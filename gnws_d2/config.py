@@ -97,10 +97,7 @@ def add_gnws_config(cfg: CfgNode) -> None:
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    """
-    Raises:
-        UserError: if `value`, the value of the config key `key`, is not one of `choices`.
-    """
+    """Raise :class:`UserError` if `value`, of the config key `key`, is not one of `choices`."""
     if value not in choices:
         names = " or ".join(f'"{choice}"' for choice in choices)
         raise UserError(f'{key} is "{value}": set it to {names}.')

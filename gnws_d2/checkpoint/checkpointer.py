@@ -71,10 +71,7 @@ class GNWSCheckpointer(DetectionCheckpointer):
         self.last_saved = last_filename_basename
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """
-        See :class:`DetectionCheckpointer`. If the last checkpoint is damaged or missing, fall back
-        to the one before it, and so on.
-        """
+        """See :class:`DetectionCheckpointer`. For a damaged checkpoint, take the one before it."""
         if not (resume and self.has_checkpoint()):
             return super().resume_or_load(path, resume=False)
         last = self.get_checkpoint_file()

@@ -95,10 +95,7 @@ def _read_class_names(meta: Any) -> list[str]:
 
 
 def convert_to_mmdet(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """
-    Convert a detector from Detectron2's format to MMDetection's. Raise :class:`UserError` if it has
-    parameters that MMDetection's models do not have.
-    """
+    """Convert a detector to MMDetection's format; raise :class:`UserError` if it does not fit."""
     return {"meta": {}, "state_dict": _rename(checkpoint["model"], to_detectron2=False)}
 
 

@@ -115,10 +115,7 @@ def read_config(file: str) -> str:
 
 
 def read_threshold(checkpoint: str) -> float:
-    """
-    Return the score from which on detections of a model are worth showing, which its last
-    evaluation has written beside the checkpoint, or :data:`DEFAULT_THRESHOLD`.
-    """
+    """Return the score, of the last evaluation, from which on detections are worth showing."""
     file = os.path.join(os.path.dirname(checkpoint), THRESHOLD_FILE)
     try:
         threshold = float(json.loads(Path(file).read_text())["threshold"])

@@ -101,10 +101,7 @@ def _evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict:
 
 
 def separate_evaluation(args: argparse.Namespace) -> None:
-    """
-    Change `args` so that ``--eval-only`` with the ``OUTPUT_DIR`` of a training writes into
-    ``evaluation/`` there, and the files of the training stay as they are.
-    """
+    """Make ``--eval-only`` in the ``OUTPUT_DIR`` of a training write into ``evaluation/`` there."""
     if not args.eval_only:
         return
     output_dir = get_config(args).OUTPUT_DIR

@@ -65,10 +65,8 @@ class COCOEvaluator(_COCOEvaluator):
         self, results: list[dict[str, Any]], img_ids: list[int] | None = None
     ) -> dict[str, Any]:
         """
-        Compute AP of detections in COCO's results format, with the category ids of the file.
-
-        Raises:
-            ValueError: see :func:`evaluate_results`.
+        Compute AP of detections in COCO's results format, with the category ids of the file. Raise
+        ValueError as the function :func:`evaluate_results`.
         """
         if not self._do_evaluation:
             self._logger.info("There are no annotations to compute AP with.")
@@ -92,10 +90,8 @@ class COCOEvaluator(_COCOEvaluator):
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
     """
-    Build the evaluator of COCO AP for what the model predicts: boxes, masks and keypoints.
-
-    Raises:
-        UserError: if the dataset has another evaluator_type, such as LVIS's.
+    Build the evaluator of COCO AP for what the model predicts: boxes, masks and keypoints. Raise
+    :class:`UserError` if the dataset has another evaluator_type, such as LVIS's.
     """
     _check_type(dataset_name)
     evaluator = COCOEvaluator(
@@ -122,10 +118,8 @@ def max_dets(cfg: CfgNode, dataset_name: str) -> int:
 
 def evaluate_predictions(cfg: CfgNode) -> dict[str, Any]:
     """
-    Compute the AP of the file ``TEST.PREDICTIONS`` on the dataset of ``DATASETS.TEST``.
-
-    Raises:
-        UserError: if the file cannot be read, or does not fit the dataset.
+    Compute the AP of the file ``TEST.PREDICTIONS`` on the dataset of ``DATASETS.TEST``. Raise
+    :class:`UserError` if the file cannot be read, or does not fit the dataset.
     """
     (name,) = cfg.DATASETS.TEST
     DatasetCatalog.get(name)  # fills in the class names
@@ -162,11 +156,8 @@ def _check_type(dataset_name: str) -> None:
 
 def read_truth(json_file: str) -> hotcoco.COCO:
     """
-    Read an annotation file for :func:`evaluate_results`.
-
-    Raises:
-        UserError: see :func:`read_coco_json`; or if hotcoco does not support the content, such as
-            ids that are strings.
+    Read an annotation file for :func:`evaluate_results`. Raise :class:`UserError` as
+    :func:`read_coco_json`, or if hotcoco does not support it, as with ids that are strings.
     """
     with contextlib.suppress(ValueError, OSError):  # it reads most files itself, and faster
         return hotcoco.COCO(PathManager.get_local_path(json_file))
@@ -237,12 +228,8 @@ def evaluate_results(
 
 def write_thresholds(json_file: str, results: list[dict[str, Any]], path: str) -> None:
     """
-    Write the threshold of all classes together, and of each, to a JSON file: see
+    Write the threshold of all classes together, and of each, to the JSON file `path`: see
     :func:`best_thresholds`. Remove the file if there are none.
-
-    Args:
-        json_file: the ground truth.
-        results: see :func:`evaluate_results`.
     """
     evaluation = evaluate_results(read_truth(json_file), results, "bbox", iou_threshold=0.5)
     best, classes = best_thresholds(evaluation)
@@ -258,9 +245,7 @@ def write_thresholds(json_file: str, results: list[dict[str, Any]], path: str) -
 def results_json(output_dir: str, cfg: CfgNode, dataset_name: str) -> str:
     """
     Return the path of the predictions on a dataset of ``DATASETS.TEST``, in COCO's results format.
-
-    Args:
-        output_dir: ``OUTPUT_DIR`` of a run, which may have been moved.
+    `output_dir` is ``OUTPUT_DIR`` of a run, which may have been moved.
     """
     # A directory for each dataset: Detectron2 would overwrite the results of the one before.
     name = dataset_name.lstrip(os.sep) if len(cfg.DATASETS.TEST) > 1 else ""

@@ -21,11 +21,8 @@ STOCK_NAMES = {
 
 def fold_model(model: nn.Module, cfg: CfgNode) -> tuple[nn.Module, CfgNode]:
     """
-    Return a model of Detectron2's own modules with the standardized weights of a GN+WS model, in
-    evaluation mode, and its config for stock Detectron2.
-
-    Args:
-        model, cfg: the GN+WS model, which is not modified, and its config.
+    Return a model of Detectron2's own modules with the standardized weights of a GN+WS model, which
+    is not modified, in evaluation mode, and its config for stock Detectron2.
     """
     stock = cfg.clone()
     stock.defrost()

@@ -68,11 +68,8 @@ def quantize_onnx(data: bytes, images: Sequence[Tensor]) -> bytes:
 
 def to_int8(cfg: CfgNode, data: bytes, images: Sequence[Tensor], max_drop: float) -> bytes:
     """
-    Quantize an ONNX model (:func:`quantize_onnx`). Log its AP on the first dataset of
-    ``DATASETS.TEST``, its size and its speed, and those of the float32 model.
-
-    Returns:
-        The ONNX file of the quantized model.
+    Quantize an ONNX model (:func:`quantize_onnx`), and return its file. Log its AP on the first
+    dataset of ``DATASETS.TEST``, its size and its speed, and those of the float32 model.
 
     Raises:
         RunError: if an AP falls by more than `max_drop` points.
@@ -101,10 +98,7 @@ def to_int8(cfg: CfgNode, data: bytes, images: Sequence[Tensor], max_drop: float
 def evaluate_detector(cfg: CfgNode, detector: Detector) -> dict[str, float]:
     """
     Return the AP of a detector on the first dataset of ``DATASETS.TEST``, as ``--eval-only``
-    computes it: "bbox" and, for a Mask R-CNN, "segm".
-
-    Raises:
-        UserError: if the dataset has no objects.
+    computes it: "bbox" and, for a Mask R-CNN, "segm". Raise :class:`UserError` without objects.
     """
     name = cfg.DATASETS.TEST[0]
     loader = build_detection_test_loader(cfg, name, mapper=OpenCVDatasetMapper(cfg, False))

@@ -70,12 +70,9 @@ def convert_ws_conv(module: nn.Module, kernels: str = "auto") -> nn.Module:
 def fold_for_inference(module: nn.Module) -> nn.Module:
     """
     Replace every :class:`WSConv2d` in `module` by a convolution with its standardized weight, in
-    place. The module gives the same outputs without standardizing in each forward, and is for
-    inference only: fold a deep copy of a model that is still to be trained or saved. The state dict
-    of the result loads into the same model of Detectron2's own layers.
-
-    Returns:
-        `module`
+    place, and return it. The module gives the same outputs without standardizing in each forward,
+    and is for inference only: fold a deep copy of a model that is still to be trained or saved.
+    The state dict of the result loads into the same model of Detectron2's own layers.
     """
     for m in module.modules():
         if isinstance(m, WSConv2d):

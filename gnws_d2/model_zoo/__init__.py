@@ -16,11 +16,10 @@ _DIR = Path(__file__).parent
 
 def table() -> list[dict[str, Any]]:
     """
-    Returns:
-        A row for each model, in the order of MMDetection's GN+WS table and with its figures:
-        ``box_ap`` and ``mask_ap`` (%, COCO val2017; None without masks), ``train_memory_gb``
-        (2 images per V100), ``inference_s_per_im_v100`` and ``inference_fps_v100`` (None if not
-        published); ``checkpoint_mib``, ``checkpoint_url`` and ``sha256_prefix`` of its file.
+    Return a row for each model, in the order of MMDetection's GN+WS table and with its figures:
+    ``box_ap`` and ``mask_ap`` (%, COCO val2017; None without masks), ``train_memory_gb`` (2 images
+    per V100), ``inference_s_per_im_v100`` and ``inference_fps_v100`` (None if not published);
+    ``checkpoint_mib``, ``checkpoint_url`` and ``sha256_prefix`` of its file.
     """
     return json.loads((_DIR / "table.json").read_text())
 
@@ -73,10 +72,8 @@ def get_config(name: str, trained: bool = False) -> CfgNode:
 
 def get(name: str, trained: bool = False, device: str | None = None) -> nn.Module:
     """
-    Build the model of :func:`get_config`, load its weights and return it in training mode.
-
-    Args:
-        device: overrides ``MODEL.DEVICE``.
+    Build the model of :func:`get_config`, load its weights and return it in training mode. `device`
+    overrides ``MODEL.DEVICE``.
     """
     cfg = get_config(name, trained)
     cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE

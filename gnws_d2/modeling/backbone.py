@@ -20,15 +20,12 @@ from ..utils.errors import UserError
 @BACKBONE_REGISTRY.register()
 def build_resnet_gnws_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """
-    Build Detectron2's :func:`build_resnet_backbone` with every convolution weight-standardized.
+    Build Detectron2's :func:`build_resnet_backbone` with every convolution weight-standardized, for
+    (N, C, H, W) images to ``{name: feature}`` of ``MODEL.RESNETS.OUT_FEATURES``.
 
     Args:
         cfg: reads ``MODEL.RESNETS.*``, ``MODEL.BACKBONE.FREEZE_AT`` and ``MODEL.GNWS.*``.
         input_shape: its ``channels`` is the number of channels of the image.
-
-    Returns:
-        A backbone from (N, C, H, W) images to ``{name: feature}`` for
-        ``MODEL.RESNETS.OUT_FEATURES``.
 
     Raises:
         UserError: see :func:`check_keys`.
@@ -43,11 +40,8 @@ def build_resnet_gnws_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 def build_resnet_gnws_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """
     Build Detectron2's :func:`build_resnet_fpn_backbone` with every convolution, also of the FPN,
-    weight-standardized. For arguments and errors see :func:`build_resnet_gnws_backbone`; also reads
-    ``MODEL.FPN.*``.
-
-    Returns:
-        A backbone from (N, C, H, W) images to ``{"p2": ..., "p6": ...}``.
+    weight-standardized: from (N, C, H, W) images to ``{"p2": ..., "p6": ...}``. It is as
+    :func:`build_resnet_gnws_backbone`, and also reads ``MODEL.FPN.*``.
     """
     kernels = check_keys(cfg, "RESNETS", "FPN")
     backbone = build_resnet_fpn_backbone(cfg, input_shape)
@@ -87,11 +81,9 @@ def _recompute(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def check_keys(cfg: CfgNode, *sections: str) -> str:
     """
-    Check the config keys of a GN+WS model, and return ``MODEL.GNWS.KERNELS``, "auto" by default.
-
-    Raises:
-        UserError: if that is unknown, or if the ``NORM`` of one of the `sections` of ``cfg.MODEL``
-            is not "GN" (Detectron2's defaults are frozen BatchNorm and none).
+    Return ``MODEL.GNWS.KERNELS``, "auto" by default. Raise :class:`UserError` if it is unknown, or
+    if the ``NORM`` of one of the `sections` of ``cfg.MODEL`` is not "GN" (Detectron2's defaults are
+    frozen BatchNorm and none).
     """
     for section in sections:
         key, norm = f"MODEL.{section}.NORM", cfg.MODEL[section].NORM

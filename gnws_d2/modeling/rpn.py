@@ -18,12 +18,7 @@ class MinQualityMatcher(Matcher):
     """
 
     def __init__(self, thresholds: list[float], labels: list[int], min_quality: float):
-        """
-        Args:
-            thresholds, labels: see :class:`Matcher`.
-            min_quality: the quality from which the best predictions of an object match it, though
-                it is below the last threshold.
-        """
+        """`min_quality`: from which quality the best predictions of an object match it."""
         super().__init__(thresholds, labels)
         self.min_quality = min_quality
 

@@ -67,11 +67,9 @@ class LabelVisualizer(Visualizer):
 
 def arrange_labels(output: VisImage) -> VisImage:
     """
-    Lighten the labels of a picture, and move them inside it and apart. Leave out those without room
-    nearby: Detectron2 writes the labels of overlapping boxes over each other.
-
-    Args:
-        output: the picture of a :class:`Visualizer`. It is modified.
+    Lighten the labels of a picture of a :class:`Visualizer`, and move them inside it and apart, in
+    place. Leave out those without room nearby: Detectron2 writes the labels of overlapping boxes
+    over each other.
     """
     width, height = output.canvas.get_width_height()
     taken: list = []

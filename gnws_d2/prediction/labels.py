@@ -107,10 +107,8 @@ FORMATS = (*_LAYOUTS, "coco")
 
 def labels_directory(directory: str, format: str) -> str:
     """
-    Return ``DIRECTORY/labels_FORMAT``, which :func:`save_labels` writes.
-
-    Raises:
-        UserError: if it exists, as it may hold corrections; or if the format is not known.
+    Return ``DIRECTORY/labels_FORMAT``, which :func:`save_labels` writes. Raise :class:`UserError`
+    if it exists, as it may hold corrections; or if the format is not known.
     """
     check_choice("--save-labels", format, FORMATS)
     path = os.path.join(directory, f"labels_{format}")

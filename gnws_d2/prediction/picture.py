@@ -85,12 +85,7 @@ def sample_image() -> str:
 
 
 def find_images(path: str | Path) -> list[str]:
-    """
-    Return the sorted image files at a path.
-
-    Args:
-        path: a file of any name, a directory, or a pattern such as ``images/*.jpg``.
-    """
+    """Return the sorted image files of a directory, a pattern like ``images/*.jpg``, or a file."""
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         found = glob(os.path.join(escape(path), "*"))

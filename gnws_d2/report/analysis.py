@@ -29,10 +29,7 @@ class Analysis:
 
 
 def analyze(evaluation: Any) -> Analysis:
-    """
-    Args:
-        evaluation: the return value of :func:`evaluate_results`.
-    """
+    """Analyze the return value of :func:`evaluate_results`."""
     # (IoU thresholds, recall levels, classes), for all areas and the highest number of detections
     precision = np.ma.masked_less(evaluation.eval["precision"][:, :, :, 0, -1], 0)
     classes = [c["name"] for c in evaluation.cocoGt.loadCats(evaluation.params.catIds)]
@@ -49,11 +46,8 @@ def analyze(evaluation: Any) -> Analysis:
 def find_mistakes(evaluation: Any) -> dict[Any, tuple[set[Any], set[int]]]:
     """
     Return for each image id the ids of the annotations that were missed, crowds aside, and of the
-    false detections.
-
-    Args:
-        evaluation: the return value of :func:`evaluate_results` with an ``iou_threshold``, of the
-            detections that count.
+    false detections. `evaluation` is the return value of :func:`evaluate_results` with an
+    ``iou_threshold``, of the detections that count.
     """
     mistakes: dict[Any, tuple[set[Any], set[int]]]
     mistakes = {image_id: (set(), set()) for image_id in evaluation.cocoGt.getImgIds()}

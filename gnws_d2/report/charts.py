@@ -39,10 +39,8 @@ Curves = Mapping[str, tuple[ArrayLike, ArrayLike]]
 
 def line_chart(curves: Curves, x_label: str, y_label: str, y_max: float | None = None) -> str:
     """
-    Draw a chart as an ``<svg>`` element. Its y axis starts at 0.
-
-    Args:
-        curves: x and y of each line, by name. NaN leaves a gap.
+    Draw a chart as an ``<svg>`` element. Its y axis starts at 0. `curves` are x and y of each line,
+    by name; NaN leaves a gap.
     """
     with style.context(_STYLE):
         figure = Figure(_SIZE, layout="constrained")

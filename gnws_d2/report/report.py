@@ -44,9 +44,7 @@ def make_report(run_dir: str, datasets: list[list[str]]) -> None:
     Write ``report.html`` into the directory of a run, and print AP.
 
     Args:
-        run_dir: see :func:`read_run`.
-        datasets: the datasets that the run was tested on, if its config does not have their paths:
-            see :func:`register_coco_datasets`.
+        run_dir, datasets: see :func:`read_run`.
 
     Raises:
         UserError: if the run or a dataset does not exist, cannot be read or does not fit.

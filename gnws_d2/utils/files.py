@@ -12,12 +12,9 @@ from .errors import UserError
 @contextlib.contextmanager
 def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
     """
-    Open a temporary file in the directory of `path`, and rename it to `path` when the block ends.
-    If the block raises, `path` stays as it was. After a crash a file ``PATH.*.part`` may be left.
-
-    Args:
-        path: the file to write.
-        mode: "w" or "wb".
+    Open a temporary file in the directory of `path`, in `mode` "w" or "wb", and rename it to `path`
+    when the block ends. If the block raises, `path` stays as it was. After a crash a file
+    ``PATH.*.part`` may be left.
 
     Raises:
         UserError: if the file cannot be written, as on a full disk.
