@@ -210,15 +210,12 @@ def convert(parser: ArgumentParser) -> None:
     text, formats = "format of OUT (default: detectron2)", ["detectron2", "mmdet"]
     parser.add_argument("--to", choices=formats, default="detectron2", help=text)
     args = parser.parse_args()
-    from gnws_d2.checkpoint import (
-        convert_to_mmdet,
-        find_checkpoint,
-        load_checkpoint,
-        save_checkpoint,
-    )
+    from gnws_d2 import checkpoint
 
-    checkpoint = load_checkpoint(find_checkpoint(args.input))
-    save_checkpoint(convert_to_mmdet(checkpoint) if args.to == "mmdet" else checkpoint, args.output)
+    content = checkpoint.load_checkpoint(checkpoint.find_checkpoint(args.input))
+    if args.to == "mmdet":
+        content = checkpoint.convert_to_mmdet(content)
+    checkpoint.save_checkpoint(content, args.output)
 
 
 def export(parser: ArgumentParser) -> None:

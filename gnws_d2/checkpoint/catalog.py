@@ -62,11 +62,8 @@ PathManager.register_handler(GNWSCatalogHandler())
 
 def download_from_hub(name: str) -> str:
     """
-    Return the local directory of a model that :func:`push_to_hub` has shared; without a network,
-    that of an earlier download.
-
-    Args:
-        name: "USER/REPO", or "hf://USER/REPO" with an optional "@REVISION".
+    Return the local directory of a model that :func:`push_to_hub` has shared, as "USER/REPO", or
+    "hf://USER/REPO" with an optional "@REVISION"; without a network, that of an earlier download.
 
     Raises:
         UserError: if there is no such model or extra, or the Hub is out of reach.

@@ -85,10 +85,8 @@ def _names_in_run(output_dir: str) -> list[str]:
 def load_checkpoint(file: str) -> dict[str, Any]:
     """
     Read a checkpoint of any format of :func:`convert_to_detectron2`, without running code in it,
-    and return it in Detectron2's format, on the CPU.
-
-    Raises:
-        UserError: if `file` cannot be read, has an unknown format, code or non-finite values.
+    and return it in Detectron2's format, on the CPU. Raise :class:`UserError` if `file` cannot be
+    read, has an unknown format, code or non-finite values.
     """
     checkpoint = _read(file)
     try:
@@ -115,7 +113,7 @@ def read_config(file: str) -> str:
 
 
 def read_threshold(checkpoint: str) -> float:
-    """Return the score, of the last evaluation, from which on detections are worth showing."""
+    """Return the score of detections that are worth showing, as last evaluated, or 0.5."""
     file = os.path.join(os.path.dirname(checkpoint), THRESHOLD_FILE)
     try:
         threshold = float(json.loads(Path(file).read_text())["threshold"])

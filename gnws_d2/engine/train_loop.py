@@ -54,11 +54,9 @@ class FiniteTrainer(AMPTrainer):
         precision: str = "",
     ):
         """
-        Args:
-            args: see :class:`SimpleTrainer`.
-            skip, accumulate_steps: ``SOLVER.ON_NON_FINITE`` is "skip", ``SOLVER.ACCUMULATE_STEPS``.
-            last_checkpoint: returns the path of the checkpoint to name in the error, or "".
-            precision: ``SOLVER.AMP.PRECISION``; "" for float32.
+        `args` are those of :class:`SimpleTrainer`; `last_checkpoint` returns the path to name in an
+        error, or "". `precision` is ``SOLVER.AMP.PRECISION``, or "" for float32. For `skip` and
+        `accumulate_steps` see ``SOLVER.ON_NON_FINITE`` and ``SOLVER.ACCUMULATE_STEPS``.
         """
         model, *_ = args
         self._device = next(model.parameters()).device

@@ -136,13 +136,9 @@ def _verify(model: Detector, exported: Detector, inputs: dict[str, Tensor], cfg:
 
 def compare_detections(expected: Detections, actual: Detections, cut: float) -> tuple[int, int]:
     """
-    Return the number of expected detections with a match, and the number of detections on both
-    sides without one.
-
-    Args:
-        expected, actual: results of :func:`detect` on the same image.
-        cut: score below which the models drop detections. One that the other model may have just
-            below `cut` does not count as unmatched.
+    Return how many of the `expected` detections (:func:`detect`) have a match in the `actual` ones
+    on the same image, and how many on both sides have none. One that the other model may have just
+    below `cut`, the score from which models keep detections, does not count as unmatched.
     """
     # Detectron2's postprocessing also drops empty boxes.
     expected, actual = (

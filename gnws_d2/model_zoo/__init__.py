@@ -54,12 +54,8 @@ def get_config_file(name: str) -> str:
 
 def get_config(name: str, trained: bool = False) -> CfgNode:
     """
-    Return the config of a model, on the CPU if PyTorch finds no GPU.
-
-    Args:
-        name: see :func:`get_config_file`; or the path of a config file.
-        trained: whether to set ``MODEL.WEIGHTS`` to the trained model instead of the backbone that
-            the config starts from.
+    Return the config of a model (:func:`get_config_file`) or of a file, on the CPU if PyTorch finds
+    no GPU. If `trained`, ``MODEL.WEIGHTS`` is the trained model instead of its backbone.
     """
     cfg = get_cfg()
     add_gnws_config(cfg)

@@ -20,8 +20,8 @@ from ..utils.errors import UserError
 @BACKBONE_REGISTRY.register()
 def build_resnet_gnws_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """
-    Build Detectron2's :func:`build_resnet_backbone` with every convolution weight-standardized, for
-    (N, C, H, W) images to ``{name: feature}`` of ``MODEL.RESNETS.OUT_FEATURES``.
+    Build Detectron2's :func:`build_resnet_backbone` with every convolution weight-standardized. It
+    maps (N, C, H, W) images to ``{name: feature}`` for ``MODEL.RESNETS.OUT_FEATURES``.
 
     Args:
         cfg: reads ``MODEL.RESNETS.*``, ``MODEL.BACKBONE.FREEZE_AT`` and ``MODEL.GNWS.*``.
@@ -40,8 +40,8 @@ def build_resnet_gnws_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 def build_resnet_gnws_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """
     Build Detectron2's :func:`build_resnet_fpn_backbone` with every convolution, also of the FPN,
-    weight-standardized: from (N, C, H, W) images to ``{"p2": ..., "p6": ...}``. It is as
-    :func:`build_resnet_gnws_backbone`, and also reads ``MODEL.FPN.*``.
+    weight-standardized. It maps (N, C, H, W) images to ``{"p2": ..., "p6": ...}``. Also reads
+    ``MODEL.FPN.*``; otherwise see :func:`build_resnet_gnws_backbone`.
     """
     kernels = check_keys(cfg, "RESNETS", "FPN")
     backbone = build_resnet_fpn_backbone(cfg, input_shape)

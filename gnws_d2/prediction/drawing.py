@@ -97,14 +97,9 @@ def draw_objects(
     image: np.ndarray, objects: list[dict[str, Any]], labels: list[str], colors: list, masks: bool
 ) -> np.ndarray:
     """
-    Draw the boxes of annotations or results in COCO format, and their masks if `masks`.
-
-    Args:
-        image: (H, W, 3), uint8, RGB.
-        labels, colors: one for each object; colors are matplotlib's.
-
-    Returns:
-        (H', 480, 3), uint8, RGB.
+    Draw the boxes of annotations or results in COCO format, and their masks if `masks`, on an
+    image, (H, W, 3), uint8, RGB. Return (H', 480, 3), uint8, RGB. There is one of `labels` and of
+    `colors`, which are matplotlib's, for each object.
     """
     boxes = np.array([o["bbox"] for o in objects], dtype=np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]

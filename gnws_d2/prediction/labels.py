@@ -123,13 +123,8 @@ def labels_directory(directory: str, format: str) -> str:
 def save_labels(detections: CocoDetections, directory: str, format: str, image_root: str) -> None:
     """
     Write ``DIRECTORY/labels_FORMAT``, copies of the pictures with labels, which the tool opens and
-    ``--data`` reads. It appears once it is complete. Print what was written.
-
-    Args:
-        detections: on pictures, not frames. Coordinates are those after EXIF orientation.
-        directory: ``--output``.
-        format: one of :data:`FORMATS`.
-        image_root: the directory of the pictures.
+    ``--data`` reads, once it is complete, and print what was written. `detections` are on pictures
+    below `image_root`, not on frames, in coordinates after EXIF orientation.
 
     Raises:
         UserError: if ``labels_FORMAT`` exists or cannot be written, or a picture cannot be read.

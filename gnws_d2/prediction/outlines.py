@@ -13,12 +13,8 @@ _MIN_IOU = 0.985  # of a mask and its outline, and of their boxes
 def outline_mask(rle: dict[str, Any], one: bool = False) -> list[np.ndarray]:
     """
     Return polygons, (N, 2), in pixels from the corner of the picture, that pycocotools fills as the
-    mask, with an IoU above 0.98. Cuts, which lead there and back, join a polygon to its holes.
-
-    Args:
-        rle: the mask, as pycocotools encodes it.
-        one: join all parts by cuts, too, as Ultralytics does. Otherwise there is one polygon for
-            each part.
+    mask `rle`, with an IoU above 0.98. Cuts, which lead there and back, join a polygon to its
+    holes, and with `one` all parts, as Ultralytics does; otherwise each part is a polygon.
     """
     x, y, width, height = map(int, mask_util.toBbox(rle))
     mask = mask_util.decode(rle)[y : y + height, x : x + width].repeat(2, 0).repeat(2, 1)

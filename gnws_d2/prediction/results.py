@@ -24,8 +24,8 @@ def to_supervision(instances: Instances, metadata: Metadata) -> "supervision.Det
         metadata: has ``thing_classes``, as that of a :class:`Predictor`.
 
     Returns:
-        Boxes (``xyxy``), masks (``mask``, None for a model without), scores (``confidence``),
-        ``class_id``, and ``data["class_name"]``.
+        ``xyxy``, ``mask`` (None without masks), ``confidence``, ``class_id``, and
+        ``data["class_name"]``.
 
     Raises:
         UserError: if supervision is not installed.

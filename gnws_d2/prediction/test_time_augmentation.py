@@ -17,12 +17,8 @@ class OpenCVDatasetMapperTTA(DatasetMapperTTA):
 
     def __call__(self, dataset_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """
-        Args:
-            dataset_dict: has the ``image``, (3, H, W), uint8, in its original size.
-
-        Returns:
-            A dict with ``image`` and ``transforms`` for each of ``TEST.AUG.MIN_SIZES`` and, with
-            ``TEST.AUG.FLIP``, for its mirror image.
+        Return a dict with ``image`` and ``transforms`` for each of ``TEST.AUG.MIN_SIZES`` and, with
+        ``TEST.AUG.FLIP``, its mirror image, from an ``image``, (3, H, W), uint8, in its own size.
         """
         image = dataset_dict["image"].permute(1, 2, 0).numpy()
         ret = []

@@ -66,12 +66,8 @@ def confusion_matrix(
     evaluation: Any, threshold: float, limit: int = 15
 ) -> tuple[list[str], np.ndarray]:
     """
-    Count by class what was detected where the objects are, at IoU 0.5.
-
-    Args:
-        evaluation: see :func:`analyze`.
-        threshold: the lowest score of a detection that counts.
-        limit: the number of classes; those that are confused most.
+    Count by class what was detected where the objects are, at IoU 0.5 and scores of at least
+    `threshold`, for the `limit` classes that are confused most.
 
     Returns:
         The names of n classes, and (n + 1, n + 1) numbers of objects, by class (rows) and by the

@@ -34,12 +34,9 @@ class Run:
 
 def read_run(path: str, datasets: Sequence[Sequence[str]] = ()) -> Run:
     """
-    Args:
-        path: ``OUTPUT_DIR`` of a run, which may have been moved, be unfinished or only evaluated.
-        datasets: see :func:`load_config`.
-
-    Raises:
-        UserError: if there is no run in `path`, or its files cannot be read.
+    Read the run in `path`, an ``OUTPUT_DIR``, which may have been moved, be unfinished or only
+    evaluated. For `datasets` see :func:`load_config`. Raise :class:`UserError` if there is no run,
+    or if its files cannot be read.
     """
     config_file = os.path.join(path, "config.yaml")
     if not os.path.isfile(config_file):

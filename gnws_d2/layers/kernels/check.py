@@ -22,13 +22,7 @@ _EPS = 1e-5
 def find_difference(dtype: torch.dtype, device: torch.device) -> str:
     """
     Compare all kernels, forward and backward, with PyTorch's operators in float64, on small seeded
-    inputs.
-
-    Args:
-        dtype: a key of ``TOLERANCE``.
-
-    Returns:
-        What differs beyond rounding; "" if nothing does.
+    inputs. Return what differs beyond the ``TOLERANCE`` of `dtype`; "" if nothing does.
     """
     generator = torch.Generator(device).manual_seed(0)
 

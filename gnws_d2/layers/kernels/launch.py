@@ -34,13 +34,10 @@ def launch(
     num_warps: int,
 ) -> None:
     """
-    Run ``kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps)``. From the second time
-    on, skip Triton's analysis of the arguments, which takes longer than most of our kernels, if
+    Run ``kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps)``, with tensors on one
+    device and a kernel of Triton that does not specialize on `numbers`. From the second time on,
+    skip Triton's analysis of the arguments, which takes longer than most of our kernels, if
     :func:`can_launch_directly`.
-
-    Args:
-        kernel: of Triton, which does not specialize on `numbers`.
-        tensors: on one device.
     """
     device = tensors[0].device
     if device.type == "cuda" and torch.cuda.current_device() != device.index:
