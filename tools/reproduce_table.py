@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import cli  # noqa: F401  (before gnws_d2, which it finds)
 
@@ -19,12 +18,6 @@ from gnws_d2 import model_zoo
 
 TOLERANCE = 0.1  # AP, in percent: the published figures have one digit
 TRAIN_NET = str(Path(__file__).parent.parent / "train_net.py")
-
-
-def expected_results(row: dict[str, Any]) -> list[list[Any]]:
-    """Return the published AP in a row of the table, in the form of ``TEST.EXPECTED_RESULTS``."""
-    published = {"bbox": row["box_ap"], "segm": row["mask_ap"]}
-    return [[task, "AP", ap, TOLERANCE] for task, ap in published.items() if ap is not None]
 
 
 def main() -> None:
@@ -39,9 +32,11 @@ def main() -> None:
         name = row["name"]
         if name not in args.models:
             continue
+        published = {"bbox": row["box_ap"], "segm": row["mask_ap"]}
+        expected = [[k, "AP", ap, TOLERANCE] for k, ap in published.items() if ap is not None]
         command = [sys.executable, TRAIN_NET, "--config-file", name, "--num-gpus", args.num_gpus]
         keys = ["MODEL.WEIGHTS", model_zoo.get_checkpoint_url(name)]
-        keys += ["TEST.EXPECTED_RESULTS", str(expected_results(row))]
+        keys += ["TEST.EXPECTED_RESULTS", str(expected)]
         keys += ["OUTPUT_DIR", os.path.join("output", "table", name), *args.opts]
         if subprocess.run([*command, "--eval-only", *keys]).returncode:
             failed.append(name)

@@ -1,4 +1,5 @@
 from .coco_evaluation import (
+    TASKS,
     COCOEvaluator,
     build_evaluator,
     check_evaluators,

@@ -1,7 +1,4 @@
-"""
-Compute COCO AP with hotcoco, which gives the numbers of pycocotools, the official API, in a tenth
-of the time or less.
-"""
+"""COCO AP by hotcoco: the numbers of pycocotools, the official API, in a tenth of the time."""
 
 import contextlib
 import itertools
@@ -28,6 +25,7 @@ from .threshold import best_thresholds
 
 _COCO_KEYPOINTS, _COCO_MAX_DETS = 17, 100
 _FIELDS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
+TASKS = {"bbox": "box", "segm": "mask"}  # what AP is of, for people
 
 
 class COCOEvaluator(_COCOEvaluator):

@@ -21,6 +21,7 @@ from ..checkpoint.catalog import import_hub, shorten
 from ..checkpoint.checkpointer import describe
 from ..checkpoint.files import THRESHOLD_FILE
 from ..data import read_image, register_coco_datasets
+from ..evaluation import TASKS
 from ..prediction import Predictor, find_trained
 from ..prediction.drawing import LabelVisualizer
 from ..report.analysis import METRICS
@@ -192,7 +193,7 @@ def _evaluation(run: Run, iteration: int) -> str:
         known |= line if min(line["iteration"], run.cfg.SOLVER.MAX_ITER - 1) == iteration else {}
     prefix = f"{names[0]}/" if len(names) > 1 else ""
     rows = []
-    for task, name in (("bbox", "box"), ("segm", "mask")):
+    for task, name in TASKS.items():
         values = [known.get(f"{prefix}{task}/{metric}", math.nan) for metric in METRICS]
         if not all(map(math.isnan, values)):
             rows.append([name, *("" if math.isnan(v) else f"{v:.1f}" for v in values)])

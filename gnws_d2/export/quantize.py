@@ -18,13 +18,11 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from ..data import OpenCVDatasetMapper
-from ..evaluation import COCOEvaluator
+from ..evaluation import TASKS, COCOEvaluator
 from ..utils.errors import RunError, UserError
 from .formats import Detector, onnx_detector
 
 logger = logging.getLogger(__name__)
-
-_AP_NAMES = {"bbox": "box AP", "segm": "mask AP"}
 
 
 def quantize_onnx(data: bytes, images: Sequence[Tensor]) -> bytes:
@@ -82,14 +80,14 @@ def to_int8(cfg: CfgNode, data: bytes, images: Sequence[Tensor], max_drop: float
         detector = onnx_detector(model)
         aps[kind] = evaluate_detector(cfg, detector)
         seconds = min(timeit.repeat(partial(detector, images[0]), number=1))
-        values = ", ".join(f"{_AP_NAMES[task]} {ap:.2f}" for task, ap in aps[kind].items())
+        values = ", ".join(f"{TASKS[task]} AP {ap:.2f}" for task, ap in aps[kind].items())
         size = len(model) / 1e6
         logger.info(f"{kind} on {name}: {values}, {size:.1f} MB, {seconds:.3g} s/im on the CPU")
     for task, before in aps["float32"].items():
         after = aps["int8"][task]
         if before - after > max_drop:
             raise RunError(
-                f"Nothing was written: in int8, {_AP_NAMES[task]} on {name} falls from "
+                f"Nothing was written: in int8, {TASKS[task]} AP on {name} falls from "
                 f"{before:.2f} to {after:.2f}, by more than --max-drop {max_drop:g}."
             )
     return models["int8"]

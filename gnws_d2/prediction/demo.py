@@ -61,15 +61,8 @@ class VisualizationDemo:
 
     def run_on_image(self, image: np.ndarray, scale: float = 1.0, **fields: Any) -> np.ndarray:
         """
-        Draw the detections on an image.
-
-        Args:
-            image: (H, W, 3), uint8, BGR.
-            scale: size of the drawing relative to the image.
-            fields: keys of the image in the COCO dataset.
-
-        Returns:
-            (H', W', 3), uint8, BGR.
+        Draw the detections on an image, (H, W, 3), uint8, BGR; return (H', W', 3), `scale` times
+        its size. `fields` are keys of the image in the COCO dataset.
         """
         outputs: Any = self.predictor(image)
         instances = outputs["instances"].to("cpu")

@@ -20,6 +20,7 @@ from tabulate import tabulate
 from ..checkpoint.files import DEFAULT_THRESHOLD
 from ..data import check_datasets, read_image, register_coco_datasets
 from ..evaluation import (
+    TASKS,
     best_thresholds,
     evaluate_results,
     max_dets,
@@ -34,7 +35,6 @@ from .analysis import METRICS, Analysis, analyze, confusion_matrix, find_mistake
 from .charts import line_chart
 from .run_dir import Run, read_run
 
-_TASKS = {"bbox": "box", "segm": "mask"}
 _NUM_PICTURES = 5  # of the typical images, and of the worst
 _CORRECT, _MISTAKE = "#3b9dff", "#ff8a1f"  # distinct for the color-blind
 
@@ -89,8 +89,8 @@ def _evaluate(run: Run, dataset_name: str) -> dict[str, Any]:
     truth = read_truth(MetadataCatalog.get(dataset_name).json_file)
     evaluations, analyses, precision = {}, {}, {}
     limit = max_dets(run.cfg, dataset_name)
-    for task in _TASKS if run.cfg.MODEL.MASK_ON else ("bbox",):
-        name = _TASKS[task]
+    for task in TASKS if run.cfg.MODEL.MASK_ON else ("bbox",):
+        name = TASKS[task]
         logging.getLogger(__name__).info(f"Computing {name} AP on {dataset_name} ...")
         try:
             evaluations[task] = evaluate_results(truth, results, task, max_dets=limit)
