@@ -100,10 +100,7 @@ def load_checkpoint(file: str) -> dict[str, Any]:
 
 
 def read_config(file: str) -> str:
-    """
-    Return the config that a checkpoint of :class:`GNWSCheckpointer` carries, as YAML, or "". That
-    of ``gnws push`` has it in ``config.yaml`` beside it.
-    """
+    """Return the config in a checkpoint, or beside that of ``gnws push``, as YAML, or ""."""
     if file.endswith(".safetensors"):
         with contextlib.suppress(OSError):
             return Path(file).with_name("config.yaml").read_text("utf-8", "replace")

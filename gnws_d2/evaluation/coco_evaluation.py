@@ -62,10 +62,7 @@ class COCOEvaluator(_COCOEvaluator):
     def evaluate_results(
         self, results: list[dict[str, Any]], img_ids: list[int] | None = None
     ) -> dict[str, Any]:
-        """
-        Compute AP of detections in COCO's results format, with the category ids of the file. Raise
-        ValueError as the function :func:`evaluate_results`.
-        """
+        """Compute AP of detections with the category ids of the file; may raise ValueError."""
         if not self._do_evaluation:
             self._logger.info("There are no annotations to compute AP with.")
             return {}
@@ -225,10 +222,7 @@ def evaluate_results(
 
 
 def write_thresholds(json_file: str, results: list[dict[str, Any]], path: str) -> None:
-    """
-    Write the threshold of all classes together, and of each, to the JSON file `path`: see
-    :func:`best_thresholds`. Remove the file if there are none.
-    """
+    """Write :func:`best_thresholds` to the JSON file `path`, or remove it if there are none."""
     evaluation = evaluate_results(read_truth(json_file), results, "bbox", iou_threshold=0.5)
     best, classes = best_thresholds(evaluation)
     if best is None:

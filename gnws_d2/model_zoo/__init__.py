@@ -67,10 +67,7 @@ def get_config(name: str, trained: bool = False) -> CfgNode:
 
 
 def get(name: str, trained: bool = False, device: str | None = None) -> nn.Module:
-    """
-    Build the model of :func:`get_config`, load its weights and return it in training mode. `device`
-    overrides ``MODEL.DEVICE``.
-    """
+    """Build the model of :func:`get_config`, on `device` if given, with weights, for training."""
     cfg = get_config(name, trained)
     cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
     model = build_model(cfg)

@@ -38,10 +38,7 @@ Curves = Mapping[str, tuple[ArrayLike, ArrayLike]]
 
 
 def line_chart(curves: Curves, x_label: str, y_label: str, y_max: float | None = None) -> str:
-    """
-    Draw a chart as an ``<svg>`` element. Its y axis starts at 0. `curves` are x and y of each line,
-    by name; NaN leaves a gap.
-    """
+    """Draw x and y of each line by name, NaN for gaps, from y = 0 on, as an ``<svg>`` element."""
     with style.context(_STYLE):
         figure = Figure(_SIZE, layout="constrained")
         ax = figure.subplots()

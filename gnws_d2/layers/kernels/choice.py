@@ -73,10 +73,7 @@ def is_eager_on_gpu(x: Tensor) -> bool:
 
 @functools.cache
 def find_failure(dtype: torch.dtype, device: torch.device) -> str:
-    """
-    Return why the kernels must not run in `dtype` on `device`; "" if they may: forward and
-    backward, all of them give PyTorch's numbers on small inputs.
-    """
+    """Return why the kernels must not run in `dtype` on `device`; "" if PyTorch confirms them."""
     if not has_triton(device):
         return "Triton is not installed or does not support this GPU"
     if dtype not in TOLERANCE:
