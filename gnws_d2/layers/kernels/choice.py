@@ -73,7 +73,7 @@ def is_eager_on_gpu(x: Tensor) -> bool:
 
 @functools.cache
 def find_failure(dtype: torch.dtype, device: torch.device) -> str:
-    """Return why the kernels must not run in `dtype` on `device`; "" if PyTorch confirms them."""
+    """Return why kernels must not run in `dtype` on `device`; "" if they give PyTorch's numbers."""
     if not has_triton(device):
         return "Triton is not installed or does not support this GPU"
     if dtype not in TOLERANCE:
