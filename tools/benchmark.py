@@ -46,7 +46,7 @@ from benchmark_ops import Parts, Step, prepare_ops
 from gnws_d2.config import check_device, load_config
 from gnws_d2.data import OpenCVDatasetMapper, register_coco_datasets
 from gnws_d2.engine.run_record import describe_machine
-from gnws_d2.export.fold import STOCK_NAMES
+from gnws_d2.export.formats import STOCK_NAMES
 from gnws_d2.layers import WSConv2d, fold_for_inference
 from gnws_d2.utils.errors import exit_on_user_error
 from gnws_d2.utils.process import keep_freed_memory

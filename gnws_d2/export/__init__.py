@@ -1,3 +1,2 @@
 from .export import compare_detections, export_model
-from .fold import fold_model
-from .formats import detect
+from .formats import detect, fold_model

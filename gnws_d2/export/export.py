@@ -18,8 +18,7 @@ from ..data.coco import dataset_classes
 from ..prediction.picture import find_images
 from ..utils.errors import RunError, UserError
 from ..utils.files import atomic_write
-from .fold import fold_model
-from .formats import Detections, Detector, detect, to_folded, to_onnx, to_torchscript
+from .formats import Detections, Detector, detect, fold_model, to_folded, to_onnx, to_torchscript
 from .quantize import to_int8
 
 logger = logging.getLogger(__name__)

@@ -1,5 +1,6 @@
 """Export to stock Detectron2, to TorchScript by scripting, and to ONNX by tracing."""
 
+import copy
 import io
 import json
 from collections.abc import Callable
@@ -7,12 +8,24 @@ from functools import partial
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.export import TracingAdapter, scripting_with_instances
-from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead
 from detectron2.structures import Boxes
 from torch import Tensor, nn
+
+from ..layers import fold_for_inference
+
+# Registered names of this project, and Detectron2's without weight standardization. Their proposal
+# generators differ in training alone.
+STOCK_NAMES = {
+    "build_resnet_gnws_backbone": "build_resnet_backbone",
+    "build_resnet_gnws_fpn_backbone": "build_resnet_fpn_backbone",
+    "FastRCNNConvFCGNWSHead": "FastRCNNConvFCHead",
+    "MaskRCNNConvUpsampleGNWSHead": "MaskRCNNConvUpsampleHead",
+    "MinQualityRPN": "RPN",
+}
 
 Detections = dict[str, Tensor]  # see `detect`
 Detector = Callable[[Tensor], Detections]
@@ -37,6 +50,30 @@ def detect(model: GeneralizedRCNN, image: Tensor) -> Detections:
         (instances,) = model.inference([{"image": image}], do_postprocess=False)
     fields = instances.get_fields()
     return {k: v.tensor if isinstance(v, Boxes) else v for k, v in fields.items()}
+
+
+def fold_model(model: nn.Module, cfg: CfgNode) -> tuple[nn.Module, CfgNode]:
+    """
+    Return a model of Detectron2's own modules with the standardized weights of a GN+WS model, which
+    is not modified, in evaluation mode, and its config for stock Detectron2.
+    """
+    stock = cfg.clone()
+    stock.defrost()
+    _remove_other_keys(stock, get_cfg())
+    for name in ("BACKBONE", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "PROPOSAL_GENERATOR"):
+        node = stock.MODEL[name]
+        node.NAME = STOCK_NAMES.get(node.NAME, node.NAME)
+    folded = build_model(stock)
+    folded.load_state_dict(fold_for_inference(copy.deepcopy(model)).state_dict())
+    return folded.eval(), stock
+
+
+def _remove_other_keys(cfg: CfgNode, known: CfgNode) -> None:
+    for key in list(cfg):
+        if key not in known:
+            del cfg[key]
+        elif isinstance(cfg[key], CfgNode):
+            _remove_other_keys(cfg[key], known[key])
 
 
 def to_folded(

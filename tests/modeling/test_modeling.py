@@ -12,7 +12,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from gnws_d2 import Predictor, model_zoo
-from gnws_d2.export.fold import _remove_other_keys
+from gnws_d2.export.formats import _remove_other_keys
 from gnws_d2.layers import (
     GroupNorm,
     WSConv2d,
