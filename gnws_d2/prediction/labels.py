@@ -135,11 +135,9 @@ def save_labels(detections: CocoDetections, directory: str, format: str, image_r
     try:
         os.makedirs(part)
         pictures = os.path.join(part, _LAYOUTS[format][0] if format in _LAYOUTS else "")
-        for source, image in images:
-            source, copy = (
-                os.path.join(image_root, source),
-                os.path.join(pictures, image["file_name"]),
-            )
+        for name, image in images:
+            source = os.path.join(image_root, name)
+            copy = os.path.join(pictures, image["file_name"])
             os.makedirs(os.path.dirname(copy), exist_ok=True)
             if source.lower().endswith(IMAGE_SUFFIXES):
                 shutil.copy2(source, copy)
