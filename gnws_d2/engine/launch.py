@@ -71,7 +71,8 @@ def supervise(cfg: CfgNode, num_processes: int) -> Iterator[None]:
     def forward(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
         for process in multiprocessing.active_children():
-            os.kill(process.pid or 0, signum)
+            if process.pid:
+                os.kill(process.pid, signum)
 
     environ = dict(os.environ)
     if cfg.MODEL.DEVICE == "cpu":

@@ -85,7 +85,7 @@ def to_int8(cfg: CfgNode, data: bytes, images: Sequence[Tensor], max_drop: float
         logger.info(f"{kind} on {name}: {values}, {size:.1f} MB, {seconds:.3g} s/im on the CPU")
     for task, before in aps["float32"].items():
         after = aps["int8"][task]
-        if before - after > max_drop:
+        if not before - after <= max_drop:  # also for NaN
             raise RunError(
                 f"Nothing was written: in int8, {TASKS[task]} AP on {name} falls from "
                 f"{before:.2f} to {after:.2f}, by more than --max-drop {max_drop:g}."

@@ -48,6 +48,7 @@ def derive_recipe(
     masks = has_masks(train)
     mask_reason = f"the objects have {'masks' if masks else 'boxes'}, the model predicts "
     mask_reason += "masks" if cfg.MODEL.MASK_ON else "boxes"
+    rule = Choice("MODEL.RPN.MIN_LOW_QUALITY_IOU", 0.0, "small objects have an anchor, too")
     return [
         Choice("MODEL.ROI_HEADS.NUM_CLASSES", len(train["categories"]), "classes with objects"),
         Choice("MODEL.MASK_ON", masks and cfg.MODEL.MASK_ON, mask_reason),
@@ -55,7 +56,7 @@ def derive_recipe(
         Choice("INPUT.MIN_SIZE_TEST", edge, reason),
         Choice("INPUT.MAX_SIZE_TRAIN", max_size, "the longest edge at that size"),
         Choice("INPUT.MAX_SIZE_TEST", max_size, "the longest edge at that size"),
-        Choice("MODEL.RPN.MIN_LOW_QUALITY_IOU", 0.0, "small objects have an anchor, too"),
+        *([rule] if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "MinQualityRPN" else []),
         *_choose_anchors(cfg, boxes.reshape(-1, 2)),
         *_raise_limits(cfg, max(counts.values(), default=0)),
         *_schedule(cfg, len(train["images"]), epochs, images_at_once, num_processes),

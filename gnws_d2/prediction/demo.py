@@ -148,14 +148,14 @@ def _run_on_video(args: argparse.Namespace) -> int:
     _check_not_overwritten([path], [output])
     os.makedirs(args.output, exist_ok=True)
     demo = VisualizationDemo(args)
-    rate, num_frames = video.get(cv2.CAP_PROP_FPS), int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+    rate, count = video.get(cv2.CAP_PROP_FPS), int(video.get(cv2.CAP_PROP_FRAME_COUNT))
     size = [int(video.get(key)) for key in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)]
     rate = rate if 0 < rate < 1000 else _FRAME_RATE
     writer = cv2.VideoWriter(output, cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
     if not writer.isOpened():
         raise UserError(f"OpenCV cannot write the video {output}.")
     frames = (frame for _, frame in iter(video.read, (False, None)))
-    progress = tqdm(frames, total=max(num_frames, 0), unit="frame")
+    progress = tqdm(frames, total=max(count, 0), unit="frame")
     with catch_signals():
         for i, frame in enumerate(progress):
             if received_signal():
