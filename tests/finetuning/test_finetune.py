@@ -227,7 +227,7 @@ def test_dry_run_shows_the_data_and_trains_nothing(small, tmp_path, capsys):
     where = f"{root / 'annotations' / 'instances_default.json'}, annotation id "
     assert shown.count(where) == 2
     page = (out / "data" / "preview.html").read_text()
-    assert page.count('<img src="data:image/jpeg;base64,') == 4 and where in page
+    assert page.count('<img src="data:image/jpeg;base64,') == 4 + 16 and where in page
     assert "<td>hazelnut</td>" in page
     cfg = load_config(config, [])
     assert not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS  # pictures without objects are trained on
