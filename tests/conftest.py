@@ -2,6 +2,8 @@ import contextlib
 import json
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -21,6 +23,7 @@ from server import Server
 
 from gnws_d2 import model_zoo
 from gnws_d2.utils.compat import LAUNCHES_ON_CPU
+from gnws_tools.cli import main
 
 settings.register_profile("short", max_examples=150, derandomize=True, deadline=None, database=None)
 settings.register_profile(
@@ -54,8 +57,13 @@ class Photographs:
     json_file: Path = ASSETS / "fruits_nuts" / "trainval.json"
     images: Path = ASSETS / "fruits_nuts" / "images"
 
-    def coco(self):
-        return json.loads(self.json_file.read_text())
+    def coco(self, number=18):
+        """The annotations of the first images."""
+        coco = json.loads(self.json_file.read_text())
+        coco["images"] = coco["images"][:number]
+        ids = {image["id"] for image in coco["images"]}
+        coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] in ids]
+        return coco
 
 
 @pytest.fixture
@@ -72,6 +80,35 @@ def shapes_root(tmp_path, monkeypatch):
         metadata = MetadataCatalog.get(name)
         for key in ("json_file", "image_root"):
             metadata.__dict__.pop(key, None)
+
+
+@pytest.fixture
+def gnws(monkeypatch, capsys):
+    """Run `gnws COMMAND ...` in this process. Return its exit status, stdout and stderr."""
+
+    def gnws(command, *args):
+        monkeypatch.setattr(sys, "argv", [f"gnws {command}", *map(str, args)])
+        capsys.readouterr()
+        status = 0
+        try:
+            main(command)
+        except SystemExit as e:
+            status = e.code or 0
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return status, out, err
+
+    return gnws
+
+
+def run_python(*args, cwd=None, **environ):
+    """Run Python, beside this project, which has to succeed. Return what it prints."""
+    done = subprocess.run(
+        [sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environ},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
 
 
 @pytest.fixture
@@ -112,6 +149,15 @@ def mmdet_state(name):
             value *= 3
         state[key] = value
     return state
+
+
+def published(name, path, size=200, num_proposals=100):
+    """Config of a model of the zoo with MMDetection's weights in `path`, for the CPU, and fast."""
+    torch.save({"meta": {}, "state_dict": mmdet_state(name)}, path)
+    cfg = model_zoo.get_config(name)
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", str(path)
+    cfg.INPUT.MIN_SIZE_TEST, cfg.MODEL.RPN.POST_NMS_TOPK_TEST = size, num_proposals
+    return cfg
 
 
 def build(name, num_classes=80):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import mmdet_state
+from conftest import mmdet_state, published
 from torchvision.ops import box_iou
 
 from gnws_d2 import Predictor, model_zoo
@@ -18,15 +18,14 @@ NAMES = model_zoo.names()[:8]  # one of each network
 FAST = ("faster_rcnn_R50_gnws_1x", "mask_rcnn_X50_32x4d_gnws_2x")
 
 
-def assert_same_detections(
-    boxes, scores, classes, expected_boxes, expected_scores, expected_classes
-):
-    assert len(boxes) == len(expected_boxes) > 20
-    iou = box_iou(expected_boxes, boxes) * (expected_classes[:, None] == classes[None])
+def assert_same_detections(found, expected, scale=1):
+    boxes, classes = expected["boxes"] * scale, expected["classes"]
+    assert len(found) == len(boxes) > 20
+    iou = box_iou(boxes, found.pred_boxes.tensor) * (classes[:, None] == found.pred_classes[None])
     best, partner = iou.max(dim=1)
     assert best.min() > 0.99
     assert len(set(partner.tolist())) == len(boxes)
-    assert (scores[partner] - expected_scores).abs().max() < 1e-3
+    assert (found.scores[partner] - expected["scores"]).abs().max() < 1e-3
     return partner
 
 
@@ -39,13 +38,7 @@ def assert_same_detections(
 )
 def test_features_and_detections_agree(name, photograph, num_proposals, photographs, tmp_path):
     state = mmdet_state(name)
-    torch.save({"meta": {}, "state_dict": state}, tmp_path / "published.pth")
-    cfg = model_zoo.get_config(name)
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.WEIGHTS = str(tmp_path / "published.pth")
-    cfg.INPUT.MIN_SIZE_TEST = SIZE
-    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = num_proposals
-    predictor = Predictor(cfg)
+    predictor = Predictor(published(name, tmp_path / "published.pth", SIZE, num_proposals))
 
     original = cv2.imread(str(photographs.images / photograph))
     h, w = original.shape[:2]
@@ -62,17 +55,11 @@ def test_features_and_detections_agree(name, photograph, num_proposals, photogra
     for feature, reference_feature in zip(features.values(), expected["features"]):
         error = (feature - reference_feature).norm() / reference_feature.norm()
         assert error < 2e-5
-    partner = assert_same_detections(
-        resized.pred_boxes.tensor, resized.scores, resized.pred_classes,
-        expected["boxes"], expected["scores"], expected["classes"],
-    )  # fmt: skip
+    partner = assert_same_detections(resized, expected)
     if "masks" in expected:
         masks = resized.pred_masks[partner, 0]
         assert (masks - expected["masks"]).abs().max() < 1e-2
 
     instances = predictor(original)["instances"]
     scale = torch.tensor([w / shape[0], h / shape[1]]).repeat(2)
-    assert_same_detections(
-        instances.pred_boxes.tensor, instances.scores, instances.pred_classes,
-        expected["boxes"] * scale, expected["scores"], expected["classes"],
-    )  # fmt: skip
+    assert_same_detections(instances, expected, scale)

@@ -1,12 +1,10 @@
-"""``tools/demo.py``: detections, files and error messages."""
+"""``gnws demo``: detections, files and error messages."""
 
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
-import sys
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,19 +47,13 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Run the tool in its own directory. Return the exit status, stdout, and errors on stderr."""
+def run(tmp_path, monkeypatch, gnws):
+    """Run the command in its own directory. Return the exit status, stdout, and its errors."""
     monkeypatch.chdir(tmp_path)
-    capsys.readouterr()
 
     def run(*args):
-        tool = str(ROOT / "tools" / "demo.py")
-        monkeypatch.setattr(sys, "argv", [tool, *map(str, args)])
-        with pytest.raises(SystemExit) as e:
-            runpy.run_path(tool, run_name="__main__")
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return e.value.code, out, [line for line in err.splitlines() if line.startswith("demo.py:")]
+        status, out, err = gnws("demo", *args)
+        return status, out, [line for line in err.splitlines() if line.startswith("gnws demo:")]
 
     return run
 
@@ -349,30 +341,22 @@ def test_video_without_a_frame_rate_gets_25(demo, frames, monkeypatch, rate):
         (["--video-input", "gone.mp4"], "cannot read the video gone.mp4"),
         (["--video-input", "classes.json"], "cannot read the video classes.json"),
         (["--video-input", "in.mp4", "--output", "."], "overwrite the input .*in.mp4"),
+        (["--model", "mask_rcnn_R52"], "mask_rcnn_R52 is not a trained model: .* mask_rcnn_R"),
+        (["DATASETS.TEST", "()"], "DATASETS.TEST is empty"),
+        (["DATASETS.TEST", "('mine',)"], "names mine, .* --dataset mine"),
+        (["DATASETS.TEST", "('coco_2017_val',)"], "NUM_CLASSES is 3, .* has 80 classes"),
     ],
 )
 def test_mistake_is_one_sentence(run, images, frames, weights, args, message):
     write_video("in.mp4", frames[:1])
     Path("classes.json").write_text("{}")
-    args = args if "--output" in args else [*args, "--output", "out"]
-    status, out, err = run("--config-file", QUICK_START, *args, "--opts", "MODEL.WEIGHTS", weights)
-    assert status == 2 and out == "" and len(err) == 1
-    assert re.search(message, err[0]), err
-
-
-@pytest.mark.parametrize(
-    "args, opts, message",
-    [
-        (["--model", "mask_rcnn_R52"], [], "mask_rcnn_R52 is not a trained model: .* mask_rcnn_R"),
-        ([], ["DATASETS.TEST", "()"], "DATASETS.TEST is empty"),
-        ([], ["DATASETS.TEST", "('mine',)"], "names mine, .* --dataset mine"),
-        ([], ["DATASETS.TEST", "('coco_2017_val',)"], "NUM_CLASSES is 3, .* has 80 classes"),
-    ],
-)
-def test_mistake_about_the_model_is_one_sentence(run, images, weights, args, opts, message):
-    args = args or ["--config-file", QUICK_START]
-    opts = ["--opts", "MODEL.WEIGHTS", weights, *opts]
-    status, out, err = run(*args, "--input", "photos", "--output", "out", *opts)
+    model = [] if "--model" in args else ["--config-file", QUICK_START]
+    args = args if "-input" in " ".join(args) else ["--input", "photos", *args]
+    output = [] if "--output" in args else ["--output", "out"]
+    opts = ["--opts", "MODEL.WEIGHTS", weights]
+    if args[-2] == "DATASETS.TEST":
+        args, opts = args[:-2], [*opts, *args[-2:]]
+    status, out, err = run(*model, *output, *args, *opts)
     assert status == 2 and out == "" and len(err) == 1
     assert re.search(message, err[0]), err
 

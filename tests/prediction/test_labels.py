@@ -254,12 +254,8 @@ def test_voc_has_pixels_that_count_from_1(detect, root, tmp_path):
     detections = detect(**{"sub/a.png": instances(boxes=[[10, 5, 30.5, 14]])})
     save_labels(detections, str(tmp_path), "voc", str(root))
     label = ElementTree.parse(tmp_path / "labels_voc/Annotations/sub/a.xml").getroot()
-    assert [e.text for e in label.iterfind("object/bndbox/*")] == [
-        "11.00",
-        "6.00",
-        "30.50",
-        "14.00",
-    ]
+    box = [e.text for e in label.iterfind("object/bndbox/*")]
+    assert box == ["11.00", "6.00", "30.50", "14.00"]
     assert [e.text for e in label.iterfind("size/*")] == ["80", "60", "3"]
     assert label.findtext("filename") == "sub/a.png"
 

@@ -1,14 +1,13 @@
 import hashlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import mmdet_state
+from conftest import published
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
@@ -19,7 +18,6 @@ from gnws_d2.config import load_config
 from gnws_d2.data.transforms import OpenCVResizeShortestEdge
 from gnws_d2.prediction import find_trained
 from gnws_d2.utils.errors import UserError
-from gnws_tools.cli import main
 
 NAMES = model_zoo.names()[:8]
 
@@ -28,15 +26,6 @@ def networks(*fast):
     """One of each network, all but `fast` in the slow tests."""
     slow = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in fast]
     return pytest.mark.parametrize("name", [*fast, *slow])
-
-
-def get_config(name, weights):
-    cfg = model_zoo.get_config(name)
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.WEIGHTS = str(weights)
-    cfg.INPUT.MIN_SIZE_TEST = 200
-    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 100
-    return cfg
 
 
 def assert_equal(a, b, **tolerance):
@@ -53,22 +42,13 @@ def assert_equal(a, b, **tolerance):
         assert (a.pred_masks != b.pred_masks).float().mean() < 1e-4
 
 
-@pytest.fixture
-def published(tmp_path):
-    def published(name):
-        path = tmp_path / "published.pth"
-        torch.save({"meta": {}, "state_dict": mmdet_state(name)}, path)
-        return path
-
-    return published
-
-
 @networks("mask_rcnn_R50_gnws_2x")
 def test_every_way_to_load_gives_the_same_detections(
-    name, published, photographs, server, tmp_path, monkeypatch
+    name, photographs, server, gnws, tmp_path, monkeypatch
 ):
     """gnws:// over HTTP, in stock Detectron2 and ours; the raw file, in ours and train_net.py."""
-    path = published(name)
+    path = tmp_path / "published.pth"
+    cfg = published(name, path)
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
     data = path.read_bytes()
     file_name = f"published-{hashlib.sha256(data).hexdigest()[:8]}.pth"
@@ -80,29 +60,27 @@ def test_every_way_to_load_gives_the_same_detections(
 
     photograph = photographs.images / "0.jpg"
     image = cv2.imread(str(photograph))
-    expected = Predictor(get_config(name, path))(image)["instances"]
-    catalog_cfg = get_config(name, f"gnws://{name}")
+    expected = Predictor(cfg)(image)["instances"]
+    catalog_cfg = cfg.clone()
+    catalog_cfg.MODEL.WEIGHTS = f"gnws://{name}"
     assert_equal(Predictor(catalog_cfg)(image)["instances"], expected, rtol=0, atol=0)
     # It standardizes the weights in each forward, with another rounding.
     stock = DefaultPredictor(catalog_cfg)(image)["instances"]
     assert_equal(stock, expected, rtol=1e-3, atol=1e-2)
     monkeypatch.undo()
 
-    coco = photographs.coco()
-    coco["images"] = [i for i in coco["images"] if i["file_name"] == "0.jpg"]
-    coco["annotations"] = []
-    coco["categories"] = [{"id": i, "name": str(i)} for i in range(80)]
+    categories = [{"id": i, "name": str(i)} for i in range(80)]
+    coco = photographs.coco(1) | {"annotations": [], "categories": categories}
     (tmp_path / "one.json").write_text(json.dumps(coco))
     dataset = f"one_{name}"
-    argv = [
-        "train_net.py", "--eval-only", "--config-file", model_zoo.get_config_file(name),
+    status, _, _ = gnws(
+        "eval", "--config-file", model_zoo.get_config_file(name),
         "--dataset", dataset, str(tmp_path / "one.json"), str(photographs.images),
         "DATASETS.TEST", f"('{dataset}',)", "MODEL.WEIGHTS", str(path), "MODEL.DEVICE", "cpu",
         "INPUT.MIN_SIZE_TEST", "200", "MODEL.RPN.POST_NMS_TOPK_TEST", "100",
         "OUTPUT_DIR", str(tmp_path / "out"), "DATALOADER.NUM_WORKERS", "0",
-    ]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", argv)
-    main("train")
+    )  # fmt: skip
+    assert status == 0
     results = json.loads((tmp_path / "out/inference/coco_instances_results.json").read_text())
     assert [r["score"] for r in results] == pytest.approx(expected.scores.tolist())
     assert [r["category_id"] for r in results] == expected.pred_classes.tolist()
@@ -111,10 +89,8 @@ def test_every_way_to_load_gives_the_same_detections(
     torch.testing.assert_close(boxes, expected.pred_boxes.tensor)
 
 
-def test_images_are_batched(published, photographs):
-    predictor = Predictor(
-        get_config("faster_rcnn_R50_gnws_1x", published("faster_rcnn_R50_gnws_1x"))
-    )
+def test_images_are_batched(photographs, tmp_path):
+    predictor = Predictor(published("faster_rcnn_R50_gnws_1x", tmp_path / "published.pth"))
     images = [cv2.imread(str(photographs.images / f"{i}.jpg")) for i in range(2)]
     for output, image in zip(predictor(images), images):
         assert output["instances"].image_size == image.shape[:2]
@@ -210,27 +186,14 @@ def test_what_is_not_a_trained_model_is_named(run_dir, tmp_path):
     (run_dir / "config.yaml").unlink()
     stock = tmp_path / "stock.pth"
     torch.save({"model": {}}, stock)
-    for model in (
-        "mask_rcnn_R50",
-        "",
-        str(tmp_path / "run") + "/gone",
-        str(tmp_path),
-        str(stock),
-        str(tmp_path / "gone.pth"),
-    ):
+    for model in ("mask_rcnn_R50", "", f"{run_dir}/gone", tmp_path, stock, tmp_path / "gone.pth"):
         with pytest.raises(UserError, match=f"{model} is not a trained model"):
-            find_trained(model)
+            find_trained(str(model))
 
 
 def test_name_in_place_of_a_config_is_told():
     with pytest.raises(UserError, match=r"use Predictor.from_pretrained\('output/mine'\)"):
         Predictor("output/mine")
-
-
-def test_published_model_has_its_own_config_and_weights():
-    cfg = find_trained("faster_rcnn_R50_gnws_1x", ["SEED", "3"])
-    assert cfg.MODEL.WEIGHTS == "gnws://faster_rcnn_R50_gnws_1x" and cfg.SEED == 3
-    assert cfg.MODEL.DEVICE == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_run_comes_before_a_published_model_of_the_same_name(run_dir, monkeypatch):

@@ -1,14 +1,14 @@
-import copy
 import json
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import mmdet_state
+from builders import coco
+from conftest import published
 from detectron2.modeling import build_model
 
-from gnws_d2 import Predictor, model_zoo
+from gnws_d2 import Predictor
 from gnws_d2.checkpoint import GNWSCheckpointer
 from gnws_d2.data import register_coco_datasets
 from gnws_d2.engine import Trainer
@@ -17,11 +17,7 @@ from gnws_d2.utils.errors import UserError
 
 
 def get_config(tmp_path, tta=True):
-    torch.save({"meta": {}, "state_dict": mmdet_state("mask_rcnn_R50_gnws_2x")}, tmp_path / "w.pth")
-    cfg = model_zoo.get_config("mask_rcnn_R50_gnws_2x")
-    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", str(tmp_path / "w.pth")
-    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 20
-    cfg.INPUT.MIN_SIZE_TEST = 100
+    cfg = published("mask_rcnn_R50_gnws_2x", tmp_path / "w.pth", size=100, num_proposals=20)
     cfg.TEST.AUG.ENABLED, cfg.TEST.AUG.MIN_SIZES = tta, (120, 200)
     cfg.DATALOADER.NUM_WORKERS = 0
     cfg.OUTPUT_DIR = str(tmp_path / "out")
@@ -55,19 +51,10 @@ def test_evaluation_and_prediction_are_augmented(tmp_path, photographs):
     height, width = image.shape[:2]
     boxes = plain.pred_boxes.tensor.clone()
     boxes[:, 2:] -= boxes[:, :2]
-    annotations = [
-        {
-            "id": i, "image_id": 1, "category_id": c, "bbox": box, "iscrowd": 0,
-            "area": box[2] * box[3], "segmentation": [[0, 0, 9, 0, 9, 9]],
-        }
-        for i, (c, box) in enumerate(zip(plain.pred_classes.tolist(), boxes.tolist()), 1)
-    ]  # fmt: skip
-    coco = {
-        "images": [{"id": 1, "file_name": name, "width": width, "height": height}],
-        "categories": [{"id": i, "name": str(i)} for i in range(80)],
-        "annotations": annotations,
-    }
-    (tmp_path / "own.json").write_text(json.dumps(coco))
+    found = zip(plain.pred_classes.tolist(), boxes.tolist())
+    objects = [(name, str(c), box) for c, box in found]
+    truth = coco({name: (width, height)}, objects, [*map(str, range(80))])
+    (tmp_path / "own.json").write_text(json.dumps(truth))
     register_coco_datasets([("own_tta", str(tmp_path / "own.json"), str(photographs.images))])
     aps = {}
     for tta in (False, True):
@@ -86,6 +73,6 @@ def test_evaluation_and_prediction_are_augmented(tmp_path, photographs):
 
 
 def test_model_that_cannot_be_augmented_is_refused(tmp_path):
-    cfg = copy.deepcopy(get_config(tmp_path))
+    cfg = get_config(tmp_path)
     with pytest.raises(UserError, match=r"TEST\.AUG\.ENABLED is for"):
         with_tta(cfg, torch.nn.Linear(1, 1))
