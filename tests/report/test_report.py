@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+import runs
 from detectron2.data import MetadataCatalog
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from test_run_dir import START
+from runs import START, metrics
 
-from gnws_d2.config import load_config
 from gnws_d2.data import register_coco_datasets
 from gnws_d2.data.shapes import generate_shapes
 from gnws_d2.evaluation import best_thresholds, evaluate_results, read_truth
@@ -24,21 +23,6 @@ from gnws_d2.report.analysis import analyze, find_mistakes
 from gnws_d2.utils.errors import UserError
 
 NONE = "\N{EN DASH}"
-
-
-def metrics(first, last, ap=None):
-    lines = [
-        {
-            "iteration": i,
-            "lr": 0.02,
-            "total_loss": 2 / (i + 1),
-            "loss_cls": 1 / (i + 1),
-            "validation/loss_cls": 1.5,
-            "time": 0.5,
-        }
-        for i in range(first, last, 20)
-    ]
-    return lines + ([{"iteration": last, "bbox/AP": ap, "segm/AP": ap - 1}] if ap else [])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,15 +67,9 @@ def predict(shapes):
     return results
 
 
-def write_run(path, shapes, *opts, results=None, lines=None, starts=None):
-    path.mkdir(parents=True)
+def write_run(path, shapes, *opts, results=None, **files):
     keys = ["DATASETS.TEST", str((shapes[0],)), "SOLVER.MAX_ITER", "60", *opts]
-    cfg = load_config(str(ROOT / "configs" / "quick_start.yaml"), keys)
-    (path / "config.yaml").write_text(cfg.dump())
-    if lines is not None:
-        (path / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if starts is not None:
-        (path / "run.json").write_text(json.dumps(starts))
+    cfg = runs.write_run(path, *keys, **files)
     if results is not None:
         file = path / "inference" / (shapes[0] if len(cfg.DATASETS.TEST) > 1 else "")
         file.mkdir(parents=True, exist_ok=True)
@@ -102,13 +80,8 @@ def write_run(path, shapes, *opts, results=None, lines=None, starts=None):
 @pytest.fixture(scope="module")
 def run(shapes, tmp_path_factory):
     lines = metrics(19, 40, ap=40.0) + metrics(59, 60, ap=50.0)
-    return write_run(
-        tmp_path_factory.mktemp("run") / "output",
-        shapes,
-        results=predict(shapes),
-        lines=lines,
-        starts=[START],
-    )
+    path = tmp_path_factory.mktemp("run") / "output"
+    return write_run(path, shapes, results=predict(shapes), lines=lines, starts=[START])
 
 
 def report(run, shapes):

@@ -1,53 +1,19 @@
-"""Files are written as by Detectron2's writers and by ``engine/run_record.py``."""
-
-import json
+"""What is read from the files of a run, whole or damaged."""
 
 import pytest
-from conftest import ROOT
 from detectron2.config import get_cfg
+from runs import START, metrics, write_run
 
-from gnws_d2.config import load_config
 from gnws_d2.report.run_dir import read_run
 from gnws_d2.utils.errors import UserError
 
-START = {
-    "command": "train_net.py --config-file a.yaml",
-    "num_processes": 2,
-    "num_machines": 1,
-    "machine": {
-        "host": "node7",
-        "cpu": "AMD EPYC, 16 threads",
-        "gpus": ["NVIDIA H200", "NVIDIA H200"],
-        "cuda": "13.2",
-        "versions": {"python": "3.11.7", "torch": "2.15.0", "gnws_d2": "0.1.0"},
-    },
-    "start": "2026-12-31T23:59:00",
-    "end": "2027-01-01T00:01:28",
-    "first_iteration": 0,
-    "iterations": 20,
-    "status": "stopped",
-}
 RESUMED = {"resume": True, "first_iteration": 20, "iterations": 40, "status": "finished"}
-
-
-def metrics(first, last, ap=None):
-    lines = [
-        {"iteration": i, "lr": 0.02, "total_loss": 2 / (i + 1)} for i in range(first, last, 20)
-    ]
-    return lines + ([{"iteration": last, "bbox/AP": ap}] if ap else [])
 
 
 @pytest.fixture
 def read(tmp_path):
-    def read(*opts, config="quick_start", lines=None, starts=None):
-        cfg = load_config(str(ROOT / "configs" / f"{config}.yaml"), [*opts])
-        (tmp_path / "config.yaml").write_text(cfg.dump())
-        if lines is not None:
-            text = "".join((v if isinstance(v, str) else json.dumps(v)) + "\n" for v in lines)
-            (tmp_path / "metrics.json").write_text(text)
-        if starts is not None:
-            text = starts if isinstance(starts, str) else json.dumps(starts)
-            (tmp_path / "run.json").write_text(text)
+    def read(*opts, **files):
+        write_run(tmp_path, *opts, **files)
         return read_run(str(tmp_path))
 
     return read
