@@ -54,10 +54,14 @@ class Trainer(TrainerBase):
         self.do(self.iter)
         self.stop_signal = received_signal()
 
-    def resume(self):
+    def resume(self, max_iter=None):
+        """Return the first iteration, and train from it to `max_iter`."""
         path = self.checkpointer.get_checkpoint_file()
         self.load_state_dict(torch.load(path)["trainer"])
-        return self.iter + 1
+        start = self.iter + 1
+        if max_iter:
+            self.train(start, max_iter)
+        return start
 
 
 def names(output_dir):
@@ -91,12 +95,10 @@ def test_newest_checkpoints_are_kept_and_those_from_before_a_resume_count(tmp_pa
     with pytest.raises(SystemExit):
         Trainer(tmp_path, hooks, stop).train(0, 10)
     assert names(tmp_path) == ["model_0000003", "model_0000005", "model_0000006"]
-    trainer = Trainer(tmp_path, hooks)
-    trainer.train(trainer.resume(), 9)
+    Trainer(tmp_path, hooks).resume(9)
     assert names(tmp_path) == ["model_0000006", "model_0000007", "model_final"]
-    trainer = Trainer(tmp_path, hooks)
     (tmp_path / "last_checkpoint").write_text("model_0000007.pth")
-    trainer.train(trainer.resume(), 12)
+    Trainer(tmp_path, hooks).resume(12)
     assert names(tmp_path) == ["model_0000009", "model_0000011", "model_final"]
 
 
@@ -108,8 +110,7 @@ def test_damaged_checkpoints_and_those_of_another_run_do_not_count(tmp_path):
     Trainer(tmp_path, hooks).train(0, 5)
     (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
     (tmp_path / "model_0000005.pth").write_bytes(b"damaged")
-    trainer = Trainer(tmp_path, hooks)
-    trainer.train(trainer.resume(), 6)
+    Trainer(tmp_path, hooks).resume(6)
     assert names(tmp_path) == sorted([*others, "model_0000003", "model_0000005", "model_final"])
 
 
@@ -127,11 +128,9 @@ def test_best_checkpoint_is_of_the_best_ap_also_after_a_resume(tmp_path):
 
     start().train(0, 4)
     assert best() == 1
-    trainer = start()
-    trainer.train(trainer.resume(), 5)
+    start().resume(5)
     assert best() == 1
-    trainer = start()
-    trainer.train(trainer.resume(), 7)
+    start().resume(7)
     assert best() == 5 and names(tmp_path) == ["model_0000006", "model_best", "model_final"]
 
 
@@ -304,25 +303,17 @@ def test_evaluations_take_their_share_of_the_time_also_after_a_resume(tmp_path, 
     trainer.train(0, 95)
     assert seen == [10, 40, 80, 95]
     assert torch.load(tmp_path / "model_best.pth")["iteration"] == 94
-    seen.clear()
-    (tmp_path / "last_checkpoint").write_text("model_0000049.pth")
-    trainer = start()
-    trainer.train(trainer.resume(), 125)
-    assert seen == [80, 120, 125]
-    seen.clear()
-    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")  # before the first evaluation
-    trainer = start()
-    trainer.train(trainer.resume(), 95)
-    assert seen == [10, 20, 40, 80, 95]
-    for changed, expected in (
-        ({"period": 15}, [90, 95]),
-        ({"share": 0.2}, [60, 80, 95]),
-        ({"share": 0.0}, [60, 70, 80, 90, 95]),
+    for last, max_iter, changed, expected in (
+        (49, 125, {}, [80, 120, 125]),
+        (9, 95, {}, [10, 20, 40, 80, 95]),  # before the first evaluation
+        (49, 95, {"period": 15}, [90, 95]),
+        (49, 95, {"share": 0.2}, [60, 80, 95]),
+        (49, 95, {"share": 0.0}, [60, 70, 80, 90, 95]),
     ):
         seen.clear()
-        (tmp_path / "last_checkpoint").write_text("model_0000049.pth")
+        (tmp_path / "last_checkpoint").write_text(f"model_{last:07d}.pth")
         trainer = start(**changed)
-        trainer.train(trainer.resume(), 95)
+        trainer.resume(max_iter)
         assert seen == expected
 
 
