@@ -13,15 +13,9 @@ from conftest import ROOT
 from gnws_d2.engine import train_net
 from gnws_d2.engine.checks import check_precision
 from gnws_d2.utils.errors import UserError
-from gnws_tools.cli import main
 
 QUICK_START = str(ROOT / "configs" / "quick_start.yaml")
 COCO_CONFIG = str(ROOT / "configs" / "mask_rcnn_R50_gnws_2x.yaml")
-
-
-@pytest.fixture
-def fruits(photographs):
-    return ["--dataset", "fruits_checked", str(photographs.json_file), str(photographs.images)]
 
 
 @pytest.fixture
@@ -35,17 +29,13 @@ def launched(monkeypatch):
 
 
 @pytest.fixture
-def fails(monkeypatch, capsys, tmp_path, launched):
-    """Run train_net.py's command line in this process, and return its error."""
+def fails(monkeypatch, gnws, tmp_path, launched):
+    """Run `gnws train`, and return its error."""
 
     def fails(*args):
-        monkeypatch.setattr(sys, "argv", ["train_net.py", *args])
-        with pytest.raises(SystemExit) as e:
-            main("train")
-        assert e.value.code == 2
-        out, err = capsys.readouterr()
+        status, out, err = gnws("train", *args)
         error = err.splitlines()[-1]
-        assert out == "" and error.startswith("train_net.py: error: ") and "Traceback" not in err
+        assert status == 2 and out == "" and error.startswith("gnws train: error: ")
         assert launched == []
         return error
 
@@ -79,12 +69,9 @@ def fails(monkeypatch, capsys, tmp_path, launched):
         ("DATASETS.TRAIN ()", "DATASETS.TRAIN is empty"),
         (
             "DATASETS.TRAIN ('mine',)",
-            "DATASETS.TRAIN names mine, .*--dataset mine ANNOTATIONS.json IMAGE_ROOT",
+            "TRAIN names mine, .*--dataset mine ANNOTATIONS.json",
         ),
-        (
-            "MODEL.ROI_HEADS.NUM_CLASSES 80",
-            "NUM_CLASSES is 80, .* 3 classes .circle, square, triangle.",
-        ),
+        ("MODEL.ROI_HEADS.NUM_CLASSES 80", "NUM_CLASSES is 80, .* 3 classes .circle, square, tri"),
     ],
 )
 def test_mistake_is_named(fails, args, message):
@@ -99,10 +86,7 @@ def test_file_that_is_missing_is_named(fails, photographs, tmp_path):
     for args, message in (
         ([], "--config-file"),
         (["--config-file", "gone.yaml"], "gone.yaml"),
-        (
-            ["--config-file", COCO_CONFIG, "MODEL.DEVICE", "cpu"],
-            "coco_2017_train does not exist: .*instances_train2017.json",
-        ),
+        (["--config-file", COCO_CONFIG, "MODEL.DEVICE", "cpu"], "coco_2017_train does not exist: "),
         ([*no_json, "('a',)"], f"of the dataset a does not exist: {tmp_path / 'a.json'}"),
         ([*no_images, "('b',)"], f"of the dataset b does not exist: {tmp_path / 'b'}"),
     ):
@@ -141,15 +125,14 @@ def test_missing_gpu_is_named(fails, monkeypatch):
     assert "--num-gpus 4" in error and "2 GPUs" in error
 
 
-def test_datasets_of_different_classes_are_named(fails, fruits):
+def test_datasets_of_different_classes_are_named(fails, photographs):
+    fruits = ["--dataset", "fruits_checked", str(photographs.json_file), str(photographs.images)]
     error = fails(*fruits, "--config-file", QUICK_START, "DATASETS.TEST", "('fruits_checked',)")
     assert "shapes_train (circle, square, triangle)" in error
     assert "fruits_checked (date, fig, hazelnut)" in error
 
 
-def test_missing_image_stops_unless_training_skips_it(
-    fails, launched, photographs, tmp_path, monkeypatch
-):
+def test_missing_image_stops_unless_training_skips_it(fails, launched, gnws, photographs, tmp_path):
     coco = photographs.coco()
     coco["images"][3]["file_name"] = "gone.jpg"
     path = tmp_path / "missing.json"
@@ -162,9 +145,7 @@ def test_missing_image_stops_unless_training_skips_it(
     assert "image id 3 has a file that does not exist" in fails(*command)
     test = ["DATASETS.TEST", "('missing',)", "INPUT.ON_BAD_IMAGE", "skip"]
     assert "image id 3 has a file that does not exist" in fails(*command, *test)
-    monkeypatch.setattr(sys, "argv", ["train_net.py", *command, "INPUT.ON_BAD_IMAGE", "skip"])
-    main("train")
-    assert launched == [1]
+    assert gnws("train", *command, "INPUT.ON_BAD_IMAGE", "skip")[0] == 0 and launched == [1]
 
 
 def test_restarts_by_torchrun_need_a_store_for_each_start(fails, monkeypatch):

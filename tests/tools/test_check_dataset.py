@@ -1,33 +1,17 @@
 """`gnws check-dataset` lists what is left out of a dataset, by file and line or id."""
 
 import json
-import sys
 
-import pytest
 from PIL import Image
 
-from gnws_tools.cli import main
 
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["gnws check-dataset", *map(str, args)])
-        with pytest.raises(SystemExit) as e:
-            main("check-dataset")
-        captured = capsys.readouterr()
-        return e.value.code, captured.out, captured.err
-
-    return run
-
-
-def test_dataset_without_issues_has_status_0(photographs, run):
-    status, stdout, _ = run(photographs.json_file, photographs.images)
+def test_dataset_without_issues_has_status_0(photographs, gnws):
+    status, stdout, _ = gnws("check-dataset", photographs.json_file, photographs.images)
     assert status == 0
     assert stdout == "all: 18 images, 165 objects, of the classes date, fig, hazelnut\n"
 
 
-def test_everything_that_is_left_out_is_listed(photographs, run, tmp_path):
+def test_everything_that_is_left_out_is_listed(photographs, gnws, tmp_path):
     coco = photographs.coco()
     images = tmp_path / "images"
     images.mkdir()
@@ -42,7 +26,7 @@ def test_everything_that_is_left_out_is_listed(photographs, run, tmp_path):
     (images / names[6]).write_bytes((photographs.images / names[6]).read_bytes()[:-1000])
     (tmp_path / "a.json").write_text(json.dumps(coco))
 
-    status, stdout, _ = run(tmp_path / "a.json", images)
+    status, stdout, _ = gnws("check-dataset", tmp_path / "a.json", images)
     assert status == 1
     repaired, left_out = stdout.split("Left out", 1)
     assert f"{tmp_path / 'a.json'}, annotation id 1236" in repaired
@@ -50,14 +34,14 @@ def test_everything_that_is_left_out_is_listed(photographs, run, tmp_path):
         assert item in left_out and item not in repaired
 
 
-def test_any_format_is_read(run, tmp_path):
+def test_any_format_is_read(gnws, tmp_path):
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "a.txt").write_text("0 .5 .5 .2 .2\n")
-    status, _, stderr = run(tmp_path)
+    status, _, stderr = gnws("check-dataset", tmp_path)
     assert status == 2 and "no names of their classes" in stderr
     (tmp_path / "data.yaml").write_text("names: [x]\n")
     Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
     (tmp_path / "b.txt").write_text("0 .5 .5 .2 .2\n")
-    status, stdout, _ = run(tmp_path)
+    status, stdout, _ = gnws("check-dataset", tmp_path)
     assert status == 1 and "all: 1 images, 1 objects, of the classes x" in stdout
     assert f"{tmp_path / 'labels' / 'a.txt'} has no picture" in stdout
