@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances
 from hypothesis import HealthCheck, settings
 from server import Server
 
@@ -151,6 +152,15 @@ def mmdet_state(name):
     return state
 
 
+def backbone_state(name):
+    """The state of its backbone alone, as MMCV has those that are trained on ImageNet."""
+    return {
+        key.removeprefix("backbone."): value
+        for key, value in mmdet_state(name).items()
+        if key.startswith("backbone.")
+    }
+
+
 def published(name, path, size=200, num_proposals=100):
     """Config of a model of the zoo with MMDetection's weights in `path`, for the CPU, and fast."""
     torch.save({"meta": {}, "state_dict": mmdet_state(name)}, path)
@@ -185,6 +195,22 @@ def small_mask_rcnn(path, classes):
             state[key] = 0.1 * random
     torch.save({"model": state, "classes": dict(enumerate(classes, 1))}, path)
     return cfg
+
+
+def make_batch(number=2, num_classes=80, size=128):
+    """Images of noise with two objects each, to train on."""
+    generator = torch.Generator().manual_seed(0)
+    batch = []
+    for i in range(number):
+        instances = Instances((size, size))
+        instances.gt_boxes = Boxes(torch.tensor([[10.0, 12, 70, 90], [60, 40, 120, 100 + i]]))
+        instances.gt_classes = torch.tensor([0, num_classes - 1])
+        masks = torch.zeros(2, size, size, dtype=torch.bool)
+        masks[0, 12:90, 10:70] = masks[1, 40:100, 60:120] = True
+        instances.gt_masks = BitMasks(masks)
+        image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=generator)
+        batch.append({"image": image, "height": size, "width": size, "instances": instances})
+    return batch
 
 
 def wait_for(condition, timeout=120):

@@ -1,4 +1,5 @@
 import argparse
+import itertools
 import os
 import pickle
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import build, mmdet_state
+from conftest import backbone_state, build, mmdet_state
 from detectron2.checkpoint import DetectionCheckpointer
 
 from gnws_d2 import model_zoo
@@ -90,16 +91,8 @@ def test_missing_parameter_is_named(save):
             GNWSCheckpointer(build(FASTER), strict=strict).load(path)
 
 
-def backbone(name):
-    return {
-        key.removeprefix("backbone."): value
-        for key, value in mmdet_state(name).items()
-        if key.startswith("backbone.")
-    }
-
-
 def test_training_starts_from_a_backbone(save):
-    state = backbone(FASTER)
+    state = backbone_state(FASTER)
     path, model = save(state), build(FASTER)
     head = model.roi_heads.box_head.conv1.weight.clone()
     GNWSCheckpointer(model).load(path)
@@ -109,7 +102,7 @@ def test_training_starts_from_a_backbone(save):
     assert torch.equal(model.roi_heads.box_head.conv1.weight, head)
     with pytest.raises(UserError, match="seems to be an R-50 backbone"):
         GNWSCheckpointer(model, strict=True).load(path)
-    path = save(backbone("faster_rcnn_X50_32x4d_gnws_1x"))
+    path = save(backbone_state("faster_rcnn_X50_32x4d_gnws_1x"))
     with pytest.raises(UserError, match="seems to be an X-50-32x4d backbone"):
         GNWSCheckpointer(model).load(path)
 
@@ -138,14 +131,10 @@ def test_plain_group_norm_checkpoint_warns_and_the_other_way_round(tmp_path, cap
     plain, _ = fold_model(model, model_zoo.get_config(FASTER))
     GNWSCheckpointer(model, str(tmp_path)).save("gnws")
     GNWSCheckpointer(plain, str(tmp_path)).save("gn")
-    for m, name, warns in (
-        (model, "gnws", False),
-        (plain, "gn", False),
-        (model, "gn", True),
-        (plain, "gnws", True),
-    ):
+    for m, name in itertools.product((model, plain), ("gnws", "gn")):
         caplog.clear()
         GNWSCheckpointer(m, strict=True).load(str(tmp_path / f"{name}.pth"))
+        warns = (m is model) != (name == "gnws")
         assert ("the predictions will be wrong" in caplog.text) == warns
 
 
@@ -381,11 +370,7 @@ def test_mmdetections_file_loads_whole(save, tmp_path, zip_format, monkeypatch):
     content = {
         "state_dict": state,
         "meta": {"time": datetime(2024, 1, 1), "path": tmp_path, "best": np.float64(0.4)},
-        "message_hub": {
-            "loss": HistoryBuffer(),
-            "args": argparse.Namespace(a=1),
-            "last": deque([1]),
-        },
+        "message_hub": [HistoryBuffer(), argparse.Namespace(a=1), deque([1])],
         "dtype": torch.float16,
     }
     content["meta"]["dataset_meta"] = {"classes": ("cat", "dog")}
