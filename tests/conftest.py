@@ -50,6 +50,18 @@ retinanet_with_gn = pytest.mark.skipif(
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "tests" / "assets"
 
+# Keys for a short training on small images, and for a network that is quick and small on the disk.
+TINY = [
+    "SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()", "INPUT.MIN_SIZE_TRAIN", "(96,)",
+    "INPUT.MIN_SIZE_TEST", "96", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0",
+]  # fmt: skip
+NARROW = [
+    "MODEL.RESNETS.STEM_OUT_CHANNELS", "32", "MODEL.RESNETS.WIDTH_PER_GROUP", "32",
+    "MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.FPN.OUT_CHANNELS", "64",
+    "MODEL.ROI_BOX_HEAD.CONV_DIM", "64", "MODEL.ROI_BOX_HEAD.FC_DIM", "128",
+    "MODEL.ROI_MASK_HEAD.CONV_DIM", "64",
+]  # fmt: skip
+
 
 @dataclass
 class Photographs:

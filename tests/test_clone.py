@@ -6,13 +6,12 @@ import sys
 import sysconfig
 
 import pytest
-from conftest import ROOT, launches_on_cpu
+from conftest import ROOT, TINY, launches_on_cpu
 
 SCRIPTS = ("finetune", "demo", "report", "convert_weights", "export_model")
-TINY = [
-    "MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64",
-    "SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()", "SOLVER.MAX_ITER", "1",
-    "SOLVER.REFERENCE_WORLD_SIZE", "0", "MODEL.ROI_HEADS.NUM_CLASSES", "3", "OUTPUT_DIR", "output",
+ONE_STEP = [
+    *TINY, "MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", "1", "SOLVER.REFERENCE_WORLD_SIZE", "0",
+    "MODEL.ROI_HEADS.NUM_CLASSES", "3", "OUTPUT_DIR", "output",
 ]  # fmt: skip
 
 
@@ -45,7 +44,7 @@ def test_processes_train_and_a_tool_reads_the_run(run, photographs, tmp_path):
     data = ["--dataset", "fruits", photographs.json_file, photographs.images]
     model = ["--num-gpus", "2", "--config-file", "configs/quick_start.yaml"]
     names = ["DATASETS.TRAIN", "('fruits',)", "DATASETS.TEST", "()"]
-    done = run(ROOT / "train_net.py", *model, *data, *TINY, *names)
+    done = run(ROOT / "train_net.py", *model, *data, *ONE_STEP, *names)
     assert done.returncode == 0, done.stderr
     checkpoint = tmp_path / "output" / "model_final.pth"
     done = run(ROOT / "tools" / "convert_weights.py", checkpoint, "converted.pth")

@@ -16,7 +16,7 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from conftest import ROOT, mmdet_state
+from conftest import NARROW, ROOT, Photographs, mmdet_state
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from iopath.common.file_io import file_lock
 from warm import WarmPython
@@ -58,11 +58,7 @@ exec "$@"
 SMALL = [
     "MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16",
     "MODEL.RPN.POST_NMS_TOPK_TEST", "20", "TEST.DETECTIONS_PER_IMAGE", "10",
-    # Narrow: checkpoints of 70 MB, not 500, and half the time.
-    "MODEL.RESNETS.STEM_OUT_CHANNELS", "32", "MODEL.RESNETS.WIDTH_PER_GROUP", "32",
-    "MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.FPN.OUT_CHANNELS", "64",
-    "MODEL.ROI_BOX_HEAD.CONV_DIM", "64", "MODEL.ROI_BOX_HEAD.FC_DIM", "128",
-    "MODEL.ROI_MASK_HEAD.CONV_DIM", "64",
+    *NARROW,  # checkpoints of 70 MB, not 500, and half the time
     "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64",
     "SOLVER.MAX_ITER", "1", "SOLVER.STEPS", "()", "DATALOADER.NUM_WORKERS", "0",
 ]  # fmt: skip
@@ -137,13 +133,10 @@ def make_checkout(checkout):
     for name in ("configs", "tests", "tools", "train_net.py"):
         (checkout / name).symlink_to(ROOT / name)
     assets = ROOT / "tests" / "assets" / "fruits_nuts"
-    coco = json.loads((assets / "trainval.json").read_text())
+    coco = Photographs().coco(4)
     coco["categories"] = [
         {"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES if c["isthing"]
     ]
-    coco["images"] = coco["images"][:4]
-    ids = {image["id"] for image in coco["images"]}
-    coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] in ids]
     datasets = checkout / "datasets" / "coco"
     (datasets / "annotations").mkdir(parents=True)
     for split in ("train2017", "val2017"):

@@ -11,13 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY
 
-SMALL = [
-    "MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96",
-    "SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()", "SOLVER.REFERENCE_WORLD_SIZE", "0",
-    "DATALOADER.NUM_WORKERS", "0", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0",
-]  # fmt: skip
+SMALL = [*TINY, "MODEL.DEVICE", "cpu", "SOLVER.REFERENCE_WORLD_SIZE", "0"]
+SMALL += ["DATALOADER.NUM_WORKERS", "0"]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, processes_of_test, wait_for
+from conftest import ROOT, TINY, processes_of_test, wait_for
 
 
 class Machine:
@@ -68,9 +68,7 @@ def start(machines, photographs, tmp_path):
                     "--dataset", "fruits", str(photographs.json_file), str(photographs.images),
                     "--config-file", str(ROOT / "configs" / "quick_start.yaml"),
                     "DATASETS.TRAIN", "('fruits',)", "DATASETS.TEST", "()",
-                    "SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()",
-                    "INPUT.MIN_SIZE_TRAIN", "(96,)", "OUTPUT_DIR", "output",
-                    "DISTRIBUTED.TIMEOUT", "20", *keys,
+                    *TINY, "OUTPUT_DIR", "output", "DISTRIBUTED.TIMEOUT", "20", *keys,
                 ],
                 tmp_path,
             )  # fmt: skip
