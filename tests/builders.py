@@ -170,3 +170,26 @@ def cvat(*items, name="a.png"):
 
 def element(tag, label="cat", **values):
     return f'<{tag} label="{label}" {" ".join(f"""{k}="{v}" """ for k, v in values.items())}/>'
+
+
+def box(x, width=10):
+    return [float(x), 0.0, float(width), 10.0]
+
+
+def result(image_id, category_id, box, score):
+    return {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
+
+
+def truth(path, objects, num_images=2):
+    """Write objects of (image, category, box) and of crowds, with a 1 at the end, as COCO."""
+    coco = {
+        "images": [{"id": i, "width": 2000, "height": 20} for i in range(1, num_images + 1)],
+        "annotations": [
+            {"id": i, "image_id": image, "category_id": category, "bbox": box,
+             "area": box[2] * box[3], "iscrowd": sum(crowd)}
+            for i, (image, category, box, *crowd) in enumerate(objects, 1)
+        ],
+        "categories": [{"id": 5, "name": "dog"}, {"id": 1, "name": "cat"}],
+    }  # fmt: skip
+    path.write_text(json.dumps(coco))
+    return str(path)

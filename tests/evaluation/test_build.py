@@ -1,16 +1,12 @@
 """Keypoints are evaluated as in Detectron2; datasets of other types than COCO are refused."""
 
-import contextlib
-import io
 import json
 
-import numpy as np
 import pytest
-import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator as Detectron2sEvaluator
-from detectron2.structures import Boxes, Instances
+from test_coco_evaluation import run_evaluator
 
 from gnws_d2.config import load_config
 from gnws_d2.evaluation import build_evaluator, check_evaluators
@@ -34,31 +30,6 @@ def config_of(name, tmp_path, *keys):
     return load_config("quick_start", [*keys, "OUTPUT_DIR", str(tmp_path / "out")])
 
 
-def predict(coco, image):
-    """Return the objects of an image, moved a little, with their keypoints if they have any."""
-    rng = np.random.default_rng(image["id"])
-    annotations = [a for a in coco["annotations"] if a["image_id"] == image["id"]]
-    boxes = np.array([a["bbox"] for a in annotations]) + rng.normal(0, 8, (len(annotations), 4))
-    boxes[:, 2:] += boxes[:, :2]
-    instances = Instances((image["height"], image["width"]))
-    instances.pred_boxes = Boxes(torch.tensor(boxes))
-    instances.scores = torch.tensor(rng.random(len(boxes)))
-    instances.pred_classes = torch.tensor([a["category_id"] - 1 for a in annotations])
-    if "keypoints" in annotations[0]:
-        keypoints = np.array([a["keypoints"] for a in annotations], float).reshape(-1, 5, 3)
-        keypoints[:, :, :2] += rng.normal(0, 3, keypoints[:, :, :2].shape)
-        instances.pred_keypoints = torch.tensor(keypoints)
-    return {"instances": instances}
-
-
-def evaluate(evaluator, coco):
-    evaluator.reset()
-    with contextlib.redirect_stdout(io.StringIO()):
-        for image in coco["images"]:
-            evaluator.process([{"image_id": image["id"]}], [predict(coco, image)])
-        return evaluator.evaluate()
-
-
 def test_keypoints_are_evaluated_with_the_sigmas_of_the_config(photographs, tmp_path, forget):
     coco = photographs.coco()
     for a in coco["annotations"]:
@@ -76,11 +47,12 @@ def test_keypoints_are_evaluated_with_the_sigmas_of_the_config(photographs, tmp_
     keys += ["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "5", "TEST.KEYPOINT_OKS_SIGMAS", str(sigmas)]
     cfg = config_of("key_fruits", tmp_path, *keys)
     check_evaluators(cfg)
-    results = evaluate(build_evaluator(cfg, "key_fruits"), coco)
     reference = Detectron2sEvaluator(
         "key_fruits", ("bbox", "keypoints"), use_fast_impl=False, kpt_oks_sigmas=sigmas
     )
-    expected = evaluate(reference, coco)
+    records = DatasetCatalog.get("key_fruits")
+    results = run_evaluator(build_evaluator(cfg, "key_fruits"), records)
+    expected = run_evaluator(reference, records)
     assert results.keys() == expected.keys() == {"bbox", "keypoints"}
     for task in results:
         assert results[task] == pytest.approx(expected[task], nan_ok=True)

@@ -44,6 +44,13 @@ def predict(record, rng):
     instances.scores = torch.as_tensor(rng.rand(len(boxes)), dtype=torch.float32)
     classes = [a["category_id"] if rng.rand() < 0.8 else rng.randint(3) for a in annotations]
     instances.pred_classes = torch.tensor(classes, dtype=torch.int64)
+    if "keypoints" in str(record["annotations"]):
+        keypoints = np.array([a["keypoints"] for a in annotations], float).reshape(
+            len(boxes), -1, 3
+        )
+        keypoints[:, :, :2] += 3 * rng.randn(*keypoints[:, :, :2].shape)
+        instances.pred_keypoints = torch.tensor(keypoints)
+        return {"instances": instances}
     masks = [
         np.roll(polygons_to_bitmask(a["segmentation"], h, w), rng.randint(-3, 4, 2), (0, 1))
         for a in annotations
@@ -52,56 +59,44 @@ def predict(record, rng):
     return {"instances": instances}
 
 
-def evaluate(dataset_name, output_dir, predict):
-    dataset = DatasetCatalog.get(dataset_name)
-    evaluator = COCOEvaluator(dataset_name, ("bbox", "segm"), output_dir=str(output_dir))
+def run_evaluator(evaluator, records):
+    rng = np.random.RandomState(0)
     evaluator.reset()
-    for record in dataset:
-        evaluator.process([record], [predict(record)])
+    for record in records:
+        evaluator.process([record], [predict(record, rng)])
     return evaluator.evaluate()
 
 
-def run_pycocotools(ground_truth, detections, task):
-    evaluation = COCOeval(ground_truth, detections, task)
+def run_pycocotools(truth, results, task):
+    if task == "segm":  # with a box, pycocotools takes the box's area for the mask's
+        results = [{k: v for k, v in result.items() if k != "bbox"} for result in results]
+    detections = COCO()  # loadRes takes no empty list
+    detections.dataset = {**truth.dataset, "annotations": []}
+    detections.createIndex()
+    if results:
+        detections = truth.loadRes(copy.deepcopy(results))
+    evaluation = COCOeval(truth, detections, task)
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
     return evaluation
 
 
-def coco_eval(ground_truth, detections, task):
-    evaluation = run_pycocotools(ground_truth, detections, task)
-    return [value * 100 if value >= 0 else float("nan") for value in evaluation.stats[:6]]
-
-
-def test_ap_equals_pycocotools(dataset_name, tmp_path):
-    rng = np.random.RandomState(0)
-    results = evaluate(dataset_name, tmp_path, lambda record: predict(record, rng))
-    ground_truth = COCO(MetadataCatalog.get(dataset_name).json_file)
+@pytest.mark.parametrize("objects", [True, False])
+def test_ap_equals_pycocotools(dataset_name, tmp_path, objects):
+    """Also of no predictions at all."""
+    records = DatasetCatalog.get(dataset_name)
+    records = records if objects else [{**record, "annotations": []} for record in records]
+    evaluator = COCOEvaluator(dataset_name, ("bbox", "segm"), output_dir=str(tmp_path))
+    results = run_evaluator(evaluator, records)
     predictions = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    truth = COCO(MetadataCatalog.get(dataset_name).json_file)
+    assert bool(predictions) == objects
     for task in ("bbox", "segm"):
-        given = copy.deepcopy(predictions)
-        if task == "segm":  # with a box, pycocotools takes the box's area for the mask's
-            for prediction in given:
-                del prediction["bbox"]
-        expected = coco_eval(ground_truth, ground_truth.loadRes(given), task)
+        stats = run_pycocotools(truth, predictions, task).stats[:6]
+        expected = [100 * value if value >= 0 else np.nan for value in stats]
         assert [results[task][name] for name in METRICS] == pytest.approx(expected, nan_ok=True)
-        assert 20 < results[task]["AP"] < 90
-
-
-def test_no_predictions_have_ap_zero_as_in_pycocotools(dataset_name, tmp_path):
-    results = evaluate(
-        dataset_name, tmp_path, lambda record: predict({**record, "annotations": []}, np.random)
-    )
-    assert json.loads((tmp_path / "coco_instances_results.json").read_text()) == []
-    ground_truth = COCO(MetadataCatalog.get(dataset_name).json_file)
-    no_detections = COCO()
-    no_detections.dataset = dict(ground_truth.dataset, annotations=[])
-    no_detections.createIndex()
-    for task in ("bbox", "segm"):
-        expected = coco_eval(ground_truth, no_detections, task)
-        assert [results[task][name] for name in METRICS] == pytest.approx(expected, nan_ok=True)
-        assert results[task]["AP"] == 0
+        assert 20 < results[task]["AP"] < 90 if objects else results[task]["AP"] == 0
 
 
 def test_dataset_without_a_file_is_evaluated_as_by_detectron2(shapes_root, tmp_path):
@@ -111,14 +106,11 @@ def test_dataset_without_a_file_is_evaluated_as_by_detectron2(shapes_root, tmp_p
     MetadataCatalog.get("of_a_function").thing_classes = ["circle", "square", "triangle"]
     results = []
     for evaluator_class in (COCOEvaluator, Detectron2sEvaluator):
-        rng, output_dir = np.random.RandomState(0), str(tmp_path / evaluator_class.__module__)
+        output_dir = str(tmp_path / evaluator_class.__module__)
         evaluator = evaluator_class(
             "of_a_function", ("bbox",), output_dir=output_dir, use_fast_impl=False
         )
-        evaluator.reset()
-        for record in records:
-            evaluator.process([record], [predict(record, rng)])
-        results.append(evaluator.evaluate())
+        results.append(run_evaluator(evaluator, records))
     DatasetCatalog.remove("of_a_function")
     MetadataCatalog.remove("of_a_function")
     np.testing.assert_equal(*results)
@@ -133,6 +125,14 @@ def json_file(tmp_path_factory):
 SIZES = (3, 31, 32, 33, 60, 95, 96, 97)  # areas just under, at and over those of APs, APm and APl
 
 
+def rectangle(height, width, x, y, w, h):
+    """A mask as it is in JSON."""
+    mask = np.zeros((height, width), np.uint8, order="F")
+    mask[y : y + h, x : x + w] = 1
+    rle = mask_util.encode(mask)
+    return {**rle, "counts": rle["counts"].decode()}
+
+
 def generate_case(rng):
     """
     Return ground truth and results with crowds, ties in scores, more than 100 detections, areas at
@@ -142,7 +142,7 @@ def generate_case(rng):
     width, height = 200, 160
     image_ids = sorted(rng.choice(1000, rng.integers(1, 5), replace=False).tolist())
     category_ids = sorted(rng.choice(range(1, 91), rng.integers(1, 4), replace=False).tolist())
-    annotations = []
+    annotations, results = [], []
     for id in rng.choice(10_000, rng.integers(0, 16), replace=False).tolist():
         x, y = rng.integers(0, 100, 2).tolist()
         w, h = rng.choice(SIZES, 2).tolist()
@@ -150,47 +150,29 @@ def generate_case(rng):
         segmentation = [[float(v) for v in outline]]
         crowd = int(rng.random() < 0.15)
         if crowd or rng.random() < 0.2:
-            mask = np.zeros((height, width), np.uint8, order="F")
-            mask[y : y + h, x : x + w] = 1
-            segmentation = mask_util.encode(mask)
-            segmentation["counts"] = segmentation["counts"].decode()
+            segmentation = rectangle(height, width, x, y, w, h)
         keypoints = np.stack([*rng.integers(0, 160, (2, 17)), rng.integers(0, 3, 17)], axis=1)
-        annotations.append(
-            {
-                "id": id + 1,
-                "image_id": int(rng.choice(image_ids)),
-                "iscrowd": crowd,
-                "category_id": int(rng.choice(category_ids)),
-                "bbox": [x, y, w, h],
-                "area": float(w * h * rng.choice([1, 0.5])),
-                "segmentation": segmentation,
-                "keypoints": keypoints.ravel().tolist(),
-                "num_keypoints": int((keypoints[:, 2] > 0).sum()),
-            }
-        )
-    results = []
+        annotations.append({
+            "id": id + 1, "image_id": int(rng.choice(image_ids)), "iscrowd": crowd,
+            "category_id": int(rng.choice(category_ids)), "bbox": [x, y, w, h],
+            "area": float(w * h * rng.choice([1, 0.5])), "segmentation": segmentation,
+            "keypoints": keypoints.ravel().tolist(),
+            "num_keypoints": int((keypoints[:, 2] > 0).sum()),
+        })  # fmt: skip
     repeats = 60 if annotations and rng.random() < 0.1 else 3
     for a in annotations:
         for _ in range(rng.integers(0, repeats)):
-            x, y, w, h = (np.array(a["bbox"]) + rng.integers(-4, 5, 4)).clip(1).tolist()
-            mask = np.zeros((height, width), np.uint8, order="F")
-            mask[y : y + h, x : x + w] = 1
-            rle = mask_util.encode(mask)
+            box = (np.array(a["bbox"]) + rng.integers(-4, 5, 4)).clip(1).tolist()
             near = np.array(a["keypoints"], float) + rng.integers(-3, 4, 51)
-            results.append(
-                {
-                    "image_id": a["image_id"] if rng.random() < 0.9 else int(rng.choice(image_ids)),
-                    "category_id": int(rng.choice([a["category_id"], *category_ids])),
-                    "bbox": [x, y, w, h],
-                    "score": float(rng.choice([0.1, 0.25, 0.5, 0.75, 1.0])),
-                    "segmentation": {**rle, "counts": rle["counts"].decode()},
-                    "keypoints": near.tolist(),
-                }
-            )
+            results.append({
+                "image_id": a["image_id"] if rng.random() < 0.9 else int(rng.choice(image_ids)),
+                "category_id": int(rng.choice([a["category_id"], *category_ids])), "bbox": box,
+                "score": float(rng.choice([0.1, 0.25, 0.5, 0.75, 1.0])),
+                "segmentation": rectangle(height, width, *box), "keypoints": near.tolist(),
+            })  # fmt: skip
     images = [{"id": i, "width": width, "height": height, "file_name": "a"} for i in image_ids]
     categories = [{"id": i, "name": str(i)} for i in category_ids]
-    truth = {"images": images, "categories": categories, "annotations": annotations}
-    return truth, results
+    return {"images": images, "categories": categories, "annotations": annotations}, results
 
 
 @pytest.mark.parametrize("task", ["bbox", "segm", "keypoints"])
@@ -201,15 +183,7 @@ def test_generated_cases_equal_pycocotools_to_the_last_digit(task, json_file, se
     json_file.write_text(json.dumps(truth))
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(json_file))
-        detections = COCO()
-        detections.dataset = {**truth, "annotations": []}
-        detections.createIndex()
-        if results:
-            given_results = copy.deepcopy(results)
-            for result in given_results if task == "segm" else ():
-                del result["bbox"]
-            detections = coco.loadRes(given_results)
-        expected = run_pycocotools(coco, detections, task)
+        expected = run_pycocotools(coco, results, task)
         ours = evaluate_results(read_truth(str(json_file)), results, task, max_dets=100)
     np.testing.assert_array_equal(ours.stats, expected.stats)
     for name in ("precision", "recall", "scores"):
@@ -247,7 +221,8 @@ def test_predictions_are_kept_when_ap_fails(dataset_name, tmp_path, monkeypatch)
         raise MemoryError
 
     monkeypatch.setattr("gnws_d2.evaluation.coco_evaluation.evaluate_results", fail)
-    rng = np.random.RandomState(0)
+    records = DatasetCatalog.get(dataset_name)
+    evaluator = COCOEvaluator(dataset_name, ("bbox", "segm"), output_dir=str(tmp_path))
     with pytest.raises(MemoryError):
-        evaluate(dataset_name, tmp_path, lambda record: predict(record, rng))
+        run_evaluator(evaluator, records)
     assert len(json.loads((tmp_path / "coco_instances_results.json").read_text())) > 20

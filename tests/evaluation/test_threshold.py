@@ -4,35 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from builders import box, result, truth
 
 from gnws_d2.checkpoint.files import DEFAULT_THRESHOLD, read_threshold
 from gnws_d2.evaluation import best_thresholds, evaluate_results, read_truth
 from gnws_d2.evaluation.coco_evaluation import write_thresholds
 from gnws_d2.utils.errors import UserError
 
-
-def box(x):
-    return [float(x), 0.0, 10.0, 10.0]
-
-
-def result(image_id, category_id, bbox, score):
-    return {"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": score}
-
-
-def write(path, objects):
-    coco = {
-        "images": [{"id": i, "width": 2000, "height": 20} for i in (1, 2)],
-        "annotations": [
-            {"id": i, "image_id": image, "category_id": c, "bbox": b, "area": 100, "iscrowd": crowd}
-            for i, (image, c, b, crowd) in enumerate(objects, 1)
-        ],
-        "categories": [{"id": 5, "name": "dog"}, {"id": 1, "name": "cat"}],
-    }
-    path.write_text(json.dumps(coco))
-    return str(path)
-
-
-FOUR_CATS = [(1, 1, box(20 * i), 0) for i in range(1, 5)]
+FOUR_CATS = [(1, 1, box(20 * i)) for i in range(1, 5)]
 # Of four cats three are found, at 0.9, 0.8 and 0.3; false ones have 0.85 and, twice, 0.4.
 RESULTS = [
     result(1, 1, box(20), 0.9), result(2, 1, box(0), 0.85), result(1, 1, box(40), 0.8),
@@ -48,7 +27,7 @@ def thresholds(json_file, results):
 
 
 def test_threshold_lies_below_the_last_detection_that_improves_f1(tmp_path):
-    json_file = write(tmp_path / "truth.json", FOUR_CATS)
+    json_file = truth(tmp_path / "truth.json", FOUR_CATS)
     best, classes = thresholds(json_file, RESULTS)
     assert list(classes) == ["cat"]  # no dogs
     assert classes["cat"] == pytest.approx((0.15, 3 / 6, 3 / 4, 0.6))
@@ -59,7 +38,7 @@ def test_threshold_lies_below_the_last_detection_that_improves_f1(tmp_path):
 
 
 def test_detections_in_crowds_do_not_count(tmp_path):
-    json_file = write(tmp_path / "truth.json", [(1, 1, box(0), 0), (1, 1, box(40), 1)])
+    json_file = truth(tmp_path / "truth.json", [(1, 1, box(0)), (1, 1, box(40), 1)])
     best, _ = thresholds(json_file, [result(1, 1, box(40), 0.9), result(1, 1, box(0), 0.5)])
     assert best == pytest.approx((0.25, 1, 1, 1))
 
@@ -77,7 +56,7 @@ def test_no_other_threshold_has_a_higher_f1(tmp_path, seed):
         for image, category, x in places
         if rng.random() < 0.7
     ]
-    json_file = write(tmp_path / "truth.json", [(i, c, box(x), 0) for i, c, x in objects])
+    json_file = truth(tmp_path / "truth.json", [(i, c, box(x)) for i, c, x in objects])
     best, classes = thresholds(json_file, results)
 
     def f1(threshold, category=None):
@@ -93,7 +72,7 @@ def test_no_other_threshold_has_a_higher_f1(tmp_path, seed):
 
 
 def test_thresholds_are_kept_beside_the_checkpoint(tmp_path):
-    json_file, path = write(tmp_path / "truth.json", FOUR_CATS), tmp_path / "threshold.json"
+    json_file, path = truth(tmp_path / "truth.json", FOUR_CATS), tmp_path / "threshold.json"
     checkpoint = str(tmp_path / "model_final.pth")
     assert read_threshold(checkpoint) == DEFAULT_THRESHOLD == 0.5
     write_thresholds(json_file, RESULTS, str(path))

@@ -1,9 +1,8 @@
 """Compared with cases that are computed by hand, and with the arrays of pycocotools."""
 
-import json
-
 import numpy as np
 import pytest
+from builders import box, result, truth
 
 from gnws_d2.evaluation import evaluate_results, read_truth
 from gnws_d2.report.analysis import (
@@ -15,52 +14,28 @@ from gnws_d2.report.analysis import (
 )
 
 
-def box(x, size=10):
-    return [float(x), 0.0, float(size), 10.0]
-
-
-def annotation(id, image_id, category_id, bbox, iscrowd=0):
-    return {
-        "id": id, "image_id": image_id, "category_id": category_id, "bbox": bbox,
-        "area": bbox[2] * bbox[3], "iscrowd": iscrowd,
-    }  # fmt: skip
-
-
-def result(image_id, category_id, bbox, score):
-    return {"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": score}
-
-
 @pytest.fixture
 def ground_truth(tmp_path):
-    def write(annotations, num_images=2):
-        coco = {
-            "images": [{"id": i, "width": 200, "height": 20} for i in range(1, num_images + 1)],
-            "annotations": annotations,
-            "categories": [{"id": 1, "name": "cat"}, {"id": 5, "name": "dog"}],
-        }
-        (tmp_path / "truth.json").write_text(json.dumps(coco))
-        return read_truth(str(tmp_path / "truth.json"))
-
-    return write
+    return lambda *args: read_truth(truth(tmp_path / "truth.json", *args))
 
 
 @pytest.fixture
 def analyze_boxes(ground_truth):
-    return lambda annotations, results: analyze(
-        evaluate_results(ground_truth(annotations), results, "bbox")
+    return lambda objects, results: analyze(
+        evaluate_results(ground_truth(objects), results, "bbox")
     )
 
 
 def test_missed_objects_and_false_detections(ground_truth):
     coco = ground_truth(
         [
-            annotation(11, 1, 1, box(0)),  # found
-            annotation(13, 1, 5, box(40)),  # found as another class
-            annotation(14, 1, 5, box(60)),  # an IoU of 0.4 is not enough
-            annotation(15, 1, 1, box(100, 50), iscrowd=1),
-            annotation(16, 2, 1, box(0)),  # found twice
+            (1, 1, box(0)),  # found
+            (1, 5, box(40)),  # found as another class
+            (1, 5, box(60)),  # an IoU of 0.4 is not enough
+            (1, 1, box(100, 50), 1),  # a crowd
+            (2, 1, box(0)),  # found twice
         ],
-        num_images=3,
+        3,
     )
     results = [
         result(1, 1, box(0), 0.9),
@@ -73,18 +48,18 @@ def test_missed_objects_and_false_detections(ground_truth):
     ]
     evaluation = evaluate_results(coco, results, "bbox", iou_threshold=0.5)
     mistakes = find_mistakes(evaluation)
-    assert mistakes == {1: ({13, 14}, {2, 3}), 2: (set(), {6}), 3: (set(), set())}
+    assert mistakes == {1: ({2, 3}, {2, 3}), 2: (set(), {6}), 3: (set(), set())}
     detections = evaluation.cocoDt.loadAnns([2, 3, 6])
     assert [detection["score"] for detection in detections] == [0.8, 0.7, 0.6]
 
 
 def test_confusion_matrix(ground_truth):
-    truth = [annotation(1, 1, 1, box(0)), annotation(2, 1, 5, box(40)), annotation(3, 2, 5, box(0))]
+    objects = [(1, 1, box(0)), (1, 5, box(40)), (2, 5, box(0))]
     results = [
         result(1, 1, box(0), 0.9), result(1, 1, box(40), 0.8), result(2, 1, box(50), 0.7),
         result(2, 5, box(0), 0.4),
     ]  # fmt: skip
-    evaluation = evaluate_results(ground_truth(truth), results, "bbox")
+    evaluation = evaluate_results(ground_truth(objects), results, "bbox")
     names, matrix = confusion_matrix(evaluation, 0.5)
     assert names == ["cat", "dog"]
     assert matrix.tolist() == [[1, 0, 0], [1, 0, 1], [1, 0, 0]]
@@ -95,7 +70,7 @@ def test_confusion_matrix(ground_truth):
 def test_ap(analyze_boxes):
     """Precision is 1 up to a recall of 0.5, then 2/3, at every IoU. There is no dog."""
     analysis = analyze_boxes(
-        [annotation(1, 1, 1, box(0)), annotation(2, 1, 1, box(20))],
+        [(1, 1, box(0)), (1, 1, box(20))],
         [
             result(1, 1, box(0), 0.9),
             result(2, 1, box(0), 0.8),
@@ -126,7 +101,7 @@ def test_ap_lost_to_each_type_of_error(detection, error, cost, analyze_boxes):
     The second detection finds the dog, but a false dog before it makes that AP 50. The cat is not
     found: AP 0.
     """
-    truth = [annotation(1, 1, 1, box(0)), annotation(2, 2, 5, box(0))]
-    analysis = analyze_boxes(truth, [detection, result(2, 5, box(0), 0.5)])
+    objects = [(1, 1, box(0)), (2, 5, box(0))]
+    analysis = analyze_boxes(objects, [detection, result(2, 5, box(0), 0.5)])
     assert analysis.ap["AP50"] == pytest.approx(50 if error == "location" else 25, abs=0.5)
     assert analysis.errors == pytest.approx(dict.fromkeys(ERRORS.values(), 0) | {error: cost})

@@ -55,15 +55,13 @@ def predict(shapes):
     for a in coco.anns.values():
         for _ in range(rng.choice([0, 1, 2], p=[0.2, 0.7, 0.1])):
             rle = coco.annToRLE(a)
-            results.append(
-                {
-                    "image_id": a["image_id"],
-                    "category_id": a["category_id"] if rng.rand() < 0.8 else 3,
-                    "bbox": (np.array(a["bbox"]) * rng.uniform(0.9, 1.1, 4)).tolist(),
-                    "score": rng.rand() * 0.6 + 0.4,
-                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-                }
-            )
+            results.append({
+                "image_id": a["image_id"],
+                "category_id": a["category_id"] if rng.rand() < 0.8 else 3,
+                "bbox": (np.array(a["bbox"]) * rng.uniform(0.9, 1.1, 4)).tolist(),
+                "score": rng.rand() * 0.6 + 0.4,
+                "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+            })  # fmt: skip
     return results
 
 
