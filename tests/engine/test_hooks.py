@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import json
 import math
 import os
@@ -72,6 +73,17 @@ def stop_on_signal(_):
     return StopOnSignal()
 
 
+def evaluating(evaluation, *last, patience=0):
+    """Hooks that evaluate and keep the best checkpoint, and `last`, made of both of them."""
+    made = [evaluation]
+
+    def best(checkpointer):
+        made.append(BestCheckpointer(evaluation, checkpointer, "bbox/AP", patience=patience))
+        return made[-1]
+
+    return [lambda _: evaluation, best, *(lambda _, make=make: make(*made) for make in last)]
+
+
 def evaluate_each_iteration(aps, **options):
     """Hooks for the AP of each iteration."""
 
@@ -80,10 +92,7 @@ def evaluate_each_iteration(aps, **options):
         return {"bbox": {"AP": aps[min(trainer.iter, trainer.max_iter - 1)]}}
 
     evaluation = EvalHook(1, evaluate)
-    return [
-        lambda c: evaluation,
-        lambda c: BestCheckpointer(evaluation, c, "bbox/AP", **options),
-    ]
+    return evaluating(evaluation, **options)
 
 
 def test_newest_checkpoints_are_kept_and_those_from_before_a_resume_count(tmp_path):
@@ -194,18 +203,10 @@ def evaluating_hooks(tmp_path):
     """Hooks of a training that is evaluated, with a signal at image `at`."""
 
     def hooks(at, seen, period=4, patience=0):
-        def evaluation(checkpointer):
-            made.append(EvalHook(period, evaluate_with_a_signal(at, seen)))
-            return made[-1]
-
-        def best(checkpointer):
-            made.append(BestCheckpointer(made[0], checkpointer, "bbox/AP", patience=patience))
-            return made[-1]
-
-        made = []
-        last = [lambda _: RunRecord(str(tmp_path), *made)]
-        last += [lambda _: InterruptedEvaluation(*made)]
-        return [lambda c: PeriodicCheckpointer(c, 2), stop_on_signal, evaluation, best, *last]
+        evaluation = EvalHook(period, evaluate_with_a_signal(at, seen))
+        last = functools.partial(RunRecord, str(tmp_path)), InterruptedEvaluation
+        first = [lambda c: PeriodicCheckpointer(c, 2), stop_on_signal]
+        return [*first, *evaluating(evaluation, *last, patience=patience)]
 
     return hooks
 
@@ -284,20 +285,10 @@ def test_evaluations_take_their_share_of_the_time_also_after_a_resume(tmp_path, 
         return {"bbox": {"AP": len(seen)}}
 
     def start(period=10, share=0.1):
-        made = []
-
-        def evaluation(checkpointer):
-            made.append(EvalHook(period, evaluate, max_share=share))
-            return made[0]
-
-        def best(checkpointer):
-            made.append(BestCheckpointer(made[0], checkpointer, "bbox/AP"))
-            return made[1]
-
-        hooks = [lambda c: PeriodicCheckpointer(c, 10), evaluation, best]
-        return Trainer(
-            tmp_path, [*hooks, lambda c: InterruptedEvaluation(*made)], lambda _: take(1)
-        )
+        evaluation = EvalHook(period, evaluate, max_share=share)
+        hooks = [lambda c: PeriodicCheckpointer(c, 10)]
+        hooks += evaluating(evaluation, InterruptedEvaluation)
+        return Trainer(tmp_path, hooks, lambda _: take(1))
 
     trainer = start()
     trainer.train(0, 95)
