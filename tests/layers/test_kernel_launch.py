@@ -52,13 +52,8 @@ def kernel():
 @pytest.mark.parametrize(
     "version, direct",
     [
-        ("3.5.1", False),
-        ("3.6.0", True),
-        ("3.9.0", True),
-        ("3.9.0+git1a2b3c4d", True),
-        ("3.10.0", False),
-        ("3.10rc1", False),
-        ("4.0.0", False),
+        *((v, True) for v in ("3.6.0", "3.9.0", "3.9.0+git1a2b3c4d")),
+        *((v, False) for v in ("3.5.1", "3.10.0", "3.10rc1", "4.0.0")),
     ],
 )
 def test_versions_that_were_read(version, direct):
@@ -68,16 +63,11 @@ def test_versions_that_were_read(version, direct):
 def test_kernels_are_launched_directly_only_if_compiled_for_the_arguments(kernel):
     """For their types, constants, number of warps, and addresses that are multiples of 16."""
     x = torch.zeros(32)
-    launches = [
-        ((x,), (5,), (True,), 4),
-        ((x[1:],), (5,), (True,), 4),
-        ((x[1:],), (5,), (True,), 4),
-        ((x,), (5,), (False,), 4),
-        ((x.half(),), (5,), (True,), 4),
-        ((x,), (5,), (True,), 8),
-    ]
-    for arguments in launches:
-        kernel.launch(*arguments)
+    for tensor, constant, num_warps in (
+        (x, True, 4), (x[1:], True, 4), (x[1:], True, 4), (x, False, 4), (x.half(), True, 4),
+        (x, True, 8),
+    ):  # fmt: skip
+        kernel.launch((tensor,), (5,), (constant,), num_warps)
     assert len(kernel.by_triton) == 6
     assert all(compiled.launched == [] for compiled in kernel.compiled)
     kernel.launch((x,), (6,), (True,), 4)

@@ -3,12 +3,9 @@ The Triton kernels against the formulas in float64: on the GPU where there is on
 Triton's interpreter (conftest.py), which runs the same code on the CPU.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from conftest import run_python
 from test_weight_standardization import formula
 from torch.nn import functional as F
 
@@ -40,6 +37,8 @@ def test_group_norm_forward_and_backward(dtype, shape, groups, residual, relu):
     torch.manual_seed(0)
     # A mean that is large beside the std, as cancellation would show in the variance.
     x = (torch.randn(shape, device=DEVICE) + 3).to(dtype)
+    if relu and not residual:
+        x = x.contiguous(memory_format=torch.channels_last)
     weight = torch.randn(shape[1], device=DEVICE)
     bias = torch.randn(shape[1], device=DEVICE)
     inputs = [x, weight, bias] + ([torch.randn(shape, device=DEVICE).to(dtype)] if residual else [])
@@ -56,6 +55,8 @@ def test_group_norm_forward_and_backward(dtype, shape, groups, residual, relu):
     leaves = [t.requires_grad_() for t in inputs]
     x, weight, bias, *rest = leaves
     y = gn.group_norm(x, groups, weight, bias, 1e-5, *(rest or [None]), relu)
+    with torch.no_grad():
+        assert torch.equal(gn.group_norm(x, groups, weight, bias, 1e-5, *(rest or [None]), relu), y)
     assert y.dtype == dtype
     assert error(y, expected) < TOLERANCE[dtype]
     for actual, expected, leaf in zip(torch.autograd.grad(y, leaves, grad), expected_grads, leaves):
@@ -63,21 +64,10 @@ def test_group_norm_forward_and_backward(dtype, shape, groups, residual, relu):
         assert error(actual, expected) < 3 * TOLERANCE[dtype]
 
 
-def test_group_norm_takes_channels_last():
-    torch.manual_seed(0)
-    x = torch.randn(2, 64, 9, 5, device=DEVICE)
-    weight, bias = torch.randn(2, 64, device=DEVICE)
-    x_last = x.to(memory_format=torch.channels_last)
-    y = gn.group_norm(x_last, 32, weight, bias, 1e-5, None, False)
-    expected = F.group_norm(x.double(), 32, weight.double(), bias.double())
-    assert error(y, expected) < 1e-6
-
-
 def test_what_the_kernels_do_not_take():
     assert ws.unsupported_reason(torch.zeros(2, 64, 16, 16)) == ""
     assert "over 16384 values" in ws.unsupported_reason(torch.zeros(2, 65, 16, 16))
     assert gn.unsupported_reason(torch.zeros(1, 64, 4, 4), 32) == ""
-    assert "groups of 3 channels" in gn.unsupported_reason(torch.zeros(1, 96, 4, 4), 32)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -144,10 +134,5 @@ for capability in (80, 90):
 
 def test_kernels_compile_for_gpus(tmp_path):
     """The interpreter takes what the compiler does not; the compiler needs no GPU."""
-    environ = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    environ.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environ, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == 20
+    printed = run_python("-c", COMPILE, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+    assert len(printed.splitlines()) == 20

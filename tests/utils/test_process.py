@@ -1,10 +1,9 @@
 import os
 import resource
-import subprocess
 import sys
 
 import pytest
-from conftest import small_mask_rcnn
+from conftest import run_python, small_mask_rcnn
 
 from gnws_d2.utils.process import num_usable_cores
 
@@ -30,20 +29,17 @@ print(min(faults[1:]))  # the system may take pages back at any time
 @pytest.mark.parametrize(
     "what, keep", [("call", True), ("nothing", False), ("auto", True), ("reference", False)]
 )
-def test_freed_memory_is_kept_or_given_back(tmp_path, what, keep):
+def test_freed_memory_is_kept_or_given_back(tmp_path, monkeypatch, what, keep):
     """By a call, or by a Predictor on a CPU. Each page that the system hands out faults once."""
     cfg = small_mask_rcnn(tmp_path / "model_final.pth", ["circle", "square", "triangle"])
     (tmp_path / "config.yaml").write_text(cfg.dump())
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
-    environ["THP_MEM_ALLOC_ENABLE"] = "0"
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTS, what, str(tmp_path)],
-        env=environ, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    for name in os.environ:
+        if name.startswith(("MALLOC_", "GLIBC_")):
+            monkeypatch.delenv(name)
+    faults = int(run_python("-c", FAULTS, what, tmp_path, THP_MEM_ALLOC_ENABLE="0"))
     pages = 64 * 2**20 // resource.getpagesize()
     # Where the system hands out large pages, a fault may stand for 2 MiB.
-    assert int(done.stdout) < 10 if keep else int(done.stdout) >= pages // 512
+    assert faults < 10 if keep else faults >= pages // 512
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="for Linux")
