@@ -1,12 +1,8 @@
 """`gnws finetune`, from a folder of pictures to a report, as a user runs it."""
 
-import contextlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import cv2
 import numpy as np
@@ -14,7 +10,7 @@ import pytest
 import torch
 import yaml
 from builders import classes_of, coco, decode, files_of, names_of, shape, voc, write
-from conftest import ROOT
+from conftest import run_python
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
@@ -25,7 +21,6 @@ from gnws_d2.data.formats import read_dataset
 from gnws_d2.evaluation import results_json
 from gnws_d2.finetuning.prepare import prepare
 from gnws_d2.utils.errors import UserError
-from gnws_tools.cli import main
 
 SMALL = ["--model", "quick_start", "--epochs", "1", "--batch-size", "1"]
 KEYS = ["SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "1", "SOLVER.ACCUMULATE_STEPS", "1"]
@@ -34,12 +29,7 @@ KEYS = ["SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "1", "SOLVER.ACCUMULATE_
 def finetune(*args, cwd):
     """Return what the command prints."""
     code = "from gnws_tools.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "finetune", *map(str, args)], cwd=cwd, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout
+    return run_python("-c", code, "finetune", *args, cwd=cwd)
 
 
 @pytest.fixture
@@ -47,10 +37,7 @@ def small(photographs, tmp_path):
     """Four photographs, with their annotations as COCO."""
     root = tmp_path / "small"
     (root / "images").mkdir(parents=True)
-    coco = photographs.coco()
-    coco["images"] = coco["images"][:4]
-    ids = {image["id"] for image in coco["images"]}
-    coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] in ids]
+    coco = photographs.coco(4)
     for image in coco["images"]:
         picture = cv2.imread(str(photographs.images / image["file_name"]))
         picture = cv2.resize(picture, None, fx=0.2, fy=0.2, interpolation=cv2.INTER_AREA)
@@ -109,25 +96,27 @@ def as_masks(root, coco):
 
 
 @pytest.fixture
-def gnws_here(tmp_path, monkeypatch):
-    """Run a command in this process, which has imported what it needs."""
-    monkeypatch.chdir(tmp_path)
+def dry_run(small, tmp_path, capsys):
+    """Write the small dataset. Return the config that is chosen for it, and what is shown."""
 
-    def gnws_here(*args):
-        monkeypatch.setattr(sys, "argv", ["gnws", *map(str, args)])
-        with contextlib.suppress(SystemExit):
-            main()
+    def dry_run(write=as_coco, **options):
+        write(*small)
+        options |= {"model": "quick_start", "dry_run": True}
+        config = gnws_d2.finetune(str(small[0]), output=str(tmp_path / "out"), **options)
+        assert config == str(tmp_path / "out" / "finetune.yaml")
+        return load_config(config, []), capsys.readouterr().out
 
-    return gnws_here
+    return dry_run
 
 
 @pytest.mark.ci
 @pytest.mark.parametrize("write", [as_coco, as_yolo, as_voc, as_labelme, as_masks])
-def test_each_format_trains_and_draws(small, tmp_path, gnws_here, write):
+def test_each_format_trains_and_draws(small, tmp_path, monkeypatch, gnws, write):
+    monkeypatch.chdir(tmp_path)
     root, coco = small
     write(root, coco)
     out = tmp_path / "out"
-    gnws_here("finetune", "--data", root, "--output", out.name, *SMALL, *KEYS)
+    gnws("finetune", "--data", root, "--output", out.name, *SMALL, *KEYS)
     assert (out / "report.html").is_file() and (out / "model_final.pth").is_file()
     written = [json.loads((out / "data" / f"{s}.json").read_text()) for s in ("train", "val")]
     assert sum(len(c["images"]) for c in written) == 4
@@ -137,7 +126,7 @@ def test_each_format_trains_and_draws(small, tmp_path, gnws_here, write):
     assert ("segmentation" in written[0]["annotations"][0]) == (write is not as_voc)
     assert list(torch.load(out / "model_final.pth")["classes"].values()) == names
     images = ["--input", *sorted((root / "images").glob("*.jpg"))]
-    gnws_here("demo", "--model", out.name, *images, "--output", "drawn")
+    gnws("demo", "--model", out.name, *images, "--output", "drawn")
     assert len(list((tmp_path / "drawn").glob("*.jpg"))) == 4
     drawn = json.loads((tmp_path / "drawn" / "detections.json").read_text())
     assert [c["name"] for c in drawn["categories"]] == names
@@ -207,17 +196,15 @@ def test_directories_of_one_name_or_of_a_built_in_dataset_do_not_collide(small, 
     assert path.startswith(str(tmp_path / "shapes" / "inference"))
 
 
-def test_dry_run_shows_the_data_and_trains_nothing(small, tmp_path, capsys):
+def test_dry_run_shows_the_data_and_trains_nothing(small, tmp_path, dry_run):
     root, coco = small
     coco["annotations"][0]["bbox"], coco["annotations"][0]["segmentation"] = [3, 3, 0, 0], []
     coco["annotations"][1]["segmentation"] = coco["annotations"][1]["segmentation"][0]
     first = coco["images"][-1]["id"]
     coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] != first]
-    as_coco(root, coco)
+    cfg, shown = dry_run()
     out = tmp_path / "out"
-    config = gnws_d2.finetune(str(root), output=str(out), model="quick_start", dry_run=True)
-    assert config == str(out / "finetune.yaml") and not (out / "run.json").exists()
-    shown = capsys.readouterr().out
+    assert not (out / "run.json").exists()
     splits = [json.loads((out / "data" / f"{s}.json").read_text()) for s in ("train", "val")]
     number = len(coco["annotations"]) - 1
     assert sum(len(c["annotations"]) for c in splits) == number
@@ -229,24 +216,18 @@ def test_dry_run_shows_the_data_and_trains_nothing(small, tmp_path, capsys):
     page = (out / "data" / "preview.html").read_text()
     assert page.count('<img src="data:image/jpeg;base64,') == 4 + 16 and where in page
     assert "<td>hazelnut</td>" in page
-    cfg = load_config(config, [])
     assert not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS  # pictures without objects are trained on
 
 
 @pytest.mark.parametrize("augment", [None, "none", "light", "strong"])
 @pytest.mark.parametrize("masks", [True, False])
-def test_augmentation_is_chosen_and_shown(small, tmp_path, capsys, augment, masks):
-    root, coco = small
-    (as_coco if masks else as_voc)(root, coco)
-    out, turned = str(tmp_path / "out"), augment == "light"
-    config = gnws_d2.finetune(
-        str(root), output=out, model="quick_start", augment=augment, any_orientation=turned,
-        dry_run=True,
-    )  # fmt: skip
-    given = load_config(config, []).INPUT
+def test_augmentation_is_chosen_and_shown(tmp_path, dry_run, augment, masks):
+    turned = augment == "light"
+    options = {"augment": augment, "any_orientation": turned}
+    cfg, shown = dry_run(as_coco if masks else as_voc, **options)
+    given = cfg.INPUT
     assert given.AUGMENTATION == (augment or "light") and given.ANY_ORIENTATION is turned
     assert given.COPY_PASTE == (0.5 if augment == "strong" and masks else 0)
-    shown = capsys.readouterr().out
     assert ("INPUT.COPY_PASTE" in shown) == (augment == "strong" and masks)
     reason = "--augment" if augment else "better on small data"
     assert re.search(rf"INPUT.AUGMENTATION +\w+ +{reason}", shown)
@@ -257,26 +238,16 @@ def test_augmentation_is_chosen_and_shown(small, tmp_path, capsys, augment, mask
         assert {*sizes} == {(str(given.MAX_SIZE_TRAIN),) * 2} and len(sizes) == 16
 
 
-def test_augmentation_of_the_config_and_of_keys_stays(small, tmp_path):
-    root, coco = small
-    as_coco(root, coco)
+@pytest.mark.parametrize("augment", [None, "strong"])
+def test_augmentation_of_the_config_and_of_keys_stays(dry_run, augment):
     keys = ["INPUT.AUGMENTATION", "light", "INPUT.COPY_PASTE", "0.2"]
-    options = {"model": "quick_start", "dry_run": True}
-    for number, augment in enumerate((None, "strong")):
-        out = str(tmp_path / str(number))
-        config = gnws_d2.finetune(str(root), output=out, augment=augment, opts=keys, **options)
-        given = load_config(config, []).INPUT
-        assert (given.AUGMENTATION, given.COPY_PASTE) == ("light", 0.2)
+    cfg, _ = dry_run(augment=augment, opts=keys)
+    assert (cfg.INPUT.AUGMENTATION, cfg.INPUT.COPY_PASTE) == ("light", 0.2)
 
 
-def test_no_objects_are_pasted_without_bitmasks_and_given_values_are_shown(small, tmp_path, capsys):
-    as_coco(*small)
+def test_no_objects_are_pasted_without_bitmasks_and_given_values_are_shown(dry_run):
     keys = ["INPUT.MASK_FORMAT", "polygon", "TEST.VALIDATION_LOSS", "False"]
-    gnws_d2.finetune(
-        str(small[0]), output=str(tmp_path / "out"), model="quick_start", augment="strong",
-        dry_run=True, opts=keys,
-    )  # fmt: skip
-    shown = capsys.readouterr().out
+    _, shown = dry_run(augment="strong", opts=keys)
     assert "INPUT.COPY_PASTE" not in shown
     assert re.search(r"TEST.VALIDATION_LOSS +False +given", shown)
 
@@ -327,7 +298,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("what, message", MISTAKES)
-def test_mistake_is_one_sentence(tmp_path, monkeypatch, capsys, what, message):
+def test_mistake_is_one_sentence(tmp_path, monkeypatch, gnws, what, message):
     root = tmp_path / "data with blänks"
     root.mkdir()
     monkeypatch.chdir(root)
@@ -340,11 +311,9 @@ def test_mistake_is_one_sentence(tmp_path, monkeypatch, capsys, what, message):
         args = ["--output", str(tmp_path / "out"), *args]
     if "--model" not in args and "--resume" not in args:
         args = ["--model", "quick_start", *args]
-    monkeypatch.setattr(sys, "argv", ["gnws finetune", *args])
-    with pytest.raises(SystemExit) as e:
-        main("finetune")
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert e.value.code == 2 and re.search(message, error), error
+    status, _, err = gnws("finetune", *args)
+    error = err.strip().splitlines()[-1]
+    assert status == 2 and re.search(message, error), error
     assert error.startswith("gnws finetune: error: ")
 
 
