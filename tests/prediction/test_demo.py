@@ -14,7 +14,8 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 import torch
-from conftest import ROOT, small_mask_rcnn
+from builders import classes_of
+from conftest import small_mask_rcnn
 from detectron2.data import Metadata
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -27,7 +28,6 @@ from gnws_d2.data.formats import Notes, read_coco_files, read_dataset
 from gnws_d2.prediction.demo import VisualizationDemo
 from gnws_d2.prediction.results import CocoDetections
 
-QUICK_START = str(ROOT / "configs" / "quick_start.yaml")
 # Not in the order of their ids.
 CATEGORIES = [{"id": 7, "name": "fig"}, {"id": 3, "name": "date"}, {"id": 5, "name": "nut"}]
 FEW = ["TEST.DETECTIONS_PER_IMAGE", "5"]  # drawing takes long
@@ -37,7 +37,7 @@ FEW = ["TEST.DETECTIONS_PER_IMAGE", "5"]  # drawing takes long
 def weights(tmp_path_factory):
     """Random weights of the quick start's network that detect objects of all classes."""
     torch.manual_seed(0)
-    model = build_model(load_config(QUICK_START, []))
+    model = build_model(load_config("quick_start", []))
     with torch.no_grad():
         model.roi_heads.box_predictor.cls_score.weight *= 300
         model.roi_heads.mask_head.predictor.weight *= 300
@@ -67,7 +67,7 @@ def demo(run, weights, tmp_path):
 
     def demo(*args):
         return run(
-            "--config-file", QUICK_START, *args, "--dataset", name, "classes.json", ".",
+            "--config-file", "quick_start", *args, "--dataset", name, "classes.json", ".",
             "--confidence-threshold", "0.4",
             "--opts", "MODEL.WEIGHTS", weights, "DATASETS.TEST", f"('{name}',)", *FEW,
         )  # fmt: skip
@@ -105,7 +105,7 @@ def test_pictures_and_json_have_the_detections_of_the_predictor(demo, images, we
         CATEGORIES[0], CATEGORIES[2], CATEGORIES[1],
     ]  # fmt: skip
     opts = ["MODEL.WEIGHTS", weights, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.4, *FEW]
-    predictor = Predictor(load_config(QUICK_START, opts))
+    predictor = Predictor(load_config("quick_start", opts))
     classes = set()
     for i, image in enumerate(coco["images"]):
         assert image["file_name"] == f"{i}.png"
@@ -244,11 +244,7 @@ def test_saved_labels_are_the_detections_and_are_not_overwritten(demo, images):
     assert (status, err) == (0, []) and "5 pictures with labels to correct: out/labels_yolo" in out
     coco, _ = read("out/detections.json")
     (labels,) = read_dataset("out/labels_yolo", Notes()).values()
-    names = {c["id"]: c["name"] for c in coco["categories"]}
-    names_of_labels = {c["id"]: c["name"] for c in labels["categories"]}
-    assert sorted(names[a["category_id"]] for a in coco["annotations"]) == sorted(
-        names_of_labels[a["category_id"]] for a in labels["annotations"]
-    )
+    assert sorted(classes_of(coco)) == sorted(classes_of(labels))
     status, _, err = demo(*args)
     assert status == 2 and "out/labels_yolo exists, and is not overwritten" in err[0]
 
@@ -329,34 +325,33 @@ def test_video_without_a_frame_rate_gets_25(demo, frames, monkeypatch, rate):
     assert rate == 25 and len(drawn) == 2
 
 
+PHOTOS = ["--input", "photos"]
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
         (["--video-input", "in.mp4", "--save-labels", "yolo"], "--save-labels needs --input"),
         (["--input", "gone.jpg", "*.gone"], "no image at gone.jpg. .* at [*].gone."),
-        (["--input", "photos", "--threshold", "2"], "2 is not a score from 0 to 1"),
-        (["--input", "photos", "--threshold", "nan"], "argument --threshold"),
-        (["--input", "photos", "--output", "classes.json/out"], "classes.json/out: Not a dir"),
-        (["--input", "photos", "--video-input", "in.mp4"], "not allowed with argument --input"),
+        ([*PHOTOS, "--threshold", "2"], "2 is not a score from 0 to 1"),
+        ([*PHOTOS, "--threshold", "nan"], "argument --threshold"),
+        ([*PHOTOS, "--output", "classes.json/out"], "classes.json/out: Not a dir"),
+        ([*PHOTOS, "--video-input", "in.mp4"], "not allowed with argument --input"),
         (["--video-input", "gone.mp4"], "cannot read the video gone.mp4"),
         (["--video-input", "classes.json"], "cannot read the video classes.json"),
         (["--video-input", "in.mp4", "--output", "."], "overwrite the input .*in.mp4"),
-        (["--model", "mask_rcnn_R52"], "mask_rcnn_R52 is not a trained model: .* mask_rcnn_R"),
-        (["DATASETS.TEST", "()"], "DATASETS.TEST is empty"),
-        (["DATASETS.TEST", "('mine',)"], "names mine, .* --dataset mine"),
-        (["DATASETS.TEST", "('coco_2017_val',)"], "NUM_CLASSES is 3, .* has 80 classes"),
+        ([*PHOTOS, "--model", "mask_rcnn_R52"], "R52 is not a trained model: .* mask_rcnn"),
+        ([*PHOTOS, "--opts", "DATASETS.TEST", "()"], "DATASETS.TEST is empty"),
+        ([*PHOTOS, "--opts", "DATASETS.TEST", "('mine',)"], "names mine, .* --dataset mine"),
+        ([*PHOTOS, "--opts", "DATASETS.TEST", "('coco_2017_val',)"], "is 3, .* has 80 classes"),
     ],
 )
 def test_mistake_is_one_sentence(run, images, frames, weights, args, message):
     write_video("in.mp4", frames[:1])
     Path("classes.json").write_text("{}")
-    model = [] if "--model" in args else ["--config-file", QUICK_START]
-    args = args if "-input" in " ".join(args) else ["--input", "photos", *args]
-    output = [] if "--output" in args else ["--output", "out"]
-    opts = ["--opts", "MODEL.WEIGHTS", weights]
-    if args[-2] == "DATASETS.TEST":
-        args, opts = args[:-2], [*opts, *args[-2:]]
-    status, out, err = run(*model, *output, *args, *opts)
+    model = [] if "--model" in args else ["--config-file", "quick_start"]
+    opts = [] if "--opts" in args else ["--opts"]
+    status, out, err = run("--output", "out", *model, *args, *opts, "MODEL.WEIGHTS", weights)
     assert status == 2 and out == "" and len(err) == 1
     assert re.search(message, err[0]), err
 

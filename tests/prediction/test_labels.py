@@ -11,6 +11,7 @@ import pycocotools.mask as mask_util
 import pytest
 import torch
 import yaml
+from builders import classes_of
 from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances
 from PIL import Image
@@ -83,13 +84,12 @@ def detect(root):
 
 def objects_of(coco):
     """(class, box, mask or None) of the objects of each picture."""
-    names = {c["id"]: c["name"] for c in coco["categories"]}
     found = {image["file_name"]: [] for image in coco["images"]}
     images = {image["id"]: image for image in coco["images"]}
-    for a in coco["annotations"]:
+    for a, name in zip(coco["annotations"], classes_of(coco)):
         image, mask = images[a["image_id"]], a.get("segmentation")
         mask = mask and to_rle(mask, image["height"], image["width"])
-        found[image["file_name"]].append((names[a["category_id"]], a["bbox"], mask))
+        found[image["file_name"]].append((name, a["bbox"], mask))
     return found
 
 

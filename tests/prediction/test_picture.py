@@ -1,6 +1,5 @@
 """What a predictor takes for a picture, and the sentence for all else."""
 
-import io
 import re
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from builders import png
 from conftest import small_mask_rcnn
 from PIL import Image
 
@@ -117,12 +117,6 @@ def test_image_of_any_shape_is_resized(predictor, shape):
     assert predictor(np.zeros(shape, np.uint8))["instances"].image_size == shape[:2]
 
 
-def encode(array):
-    data = io.BytesIO()
-    Image.fromarray(array).save(data, "png")
-    return data.getvalue()
-
-
 @pytest.mark.parametrize(
     "picture, message",
     [
@@ -143,8 +137,8 @@ def encode(array):
         (Image.new("I;16", (8, 8)), r"The PIL image is not of 8 bits \(mode I;16\): convert it"),
         (Image.new("F", (8, 8)), "mode F"),
         (b"", "The image given as bytes is damaged or not an image: its format is not known"),
-        (encode(np.zeros((8, 8), np.uint16)), "image given as bytes has 16 bits per channel"),
-        (encode(np.zeros((80, 80), np.uint8))[:-20], "given as bytes is damaged"),
+        (png(np.zeros((8, 8), np.uint16)), "image given as bytes has 16 bits per channel"),
+        (png(np.zeros((80, 80), np.uint8))[:-20], "given as bytes is damaged"),
         ("gone.png", "Cannot read the image gone.png: No such file"),
         ("gone/*.png", r"Cannot read the image gone/\*.png: No such file"),
         ("http://localhost:1/a.png", "Cannot download the image http://localhost:1/a.png: "),
