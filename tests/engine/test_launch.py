@@ -31,7 +31,6 @@ from gnws_d2.layers.kernels import choice
 from gnws_d2.utils.compat import LAUNCHES_ON_CPU, create_local_process_group
 from gnws_d2.utils.errors import UserError
 
-QUICK_START = ["--config-file", str(ROOT / "configs" / "quick_start.yaml")]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 # train_net.py without a model: its processes wait for each other until one does $WHAT.
@@ -92,7 +91,7 @@ def job(tmp_path):
             command = [*TORCHRUN, *torchrun, "job.py"]
         started.append(
             subprocess.Popen(
-                [*before, *command, *QUICK_START],
+                [*before, *command, "--config-file", "quick_start"],
                 cwd=tmp_path, text=True, start_new_session=True, stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 env={**environ, "WHAT": what, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
@@ -225,7 +224,7 @@ def test_no_thread_of_gloo_is_left_at_exit(process_group):
 
 
 def config(*opts):
-    args = argparse.Namespace(config_file=QUICK_START[1], dataset=[], opts=list(opts))
+    args = argparse.Namespace(config_file="quick_start", dataset=[], opts=list(opts))
     args.machine_rank, args.eval_only = 0, False
     return get_config(args), args
 
@@ -282,38 +281,31 @@ def test_file_system_without_locks_is_logged(tmp_path, monkeypatch, caplog):
     assert f"OUTPUT_DIR {tmp_path} cannot be locked" in caplog.text and "No locks" in caplog.text
 
 
-def _check_kernels(rank, store, queue):
-    """A rank, on whose GPU the kernels in float16 are wrong if it is the second; what it runs."""
+def _check_kernels(rank, store):
+    """What a rank runs, on whose GPU the kernels in float16 are wrong if it is the second."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     choice.has_triton = lambda device: True
     choice.find_difference = lambda dtype, device: (
         "a lot" if rank == 1 and dtype == torch.float16 else ""
     )
+    results = []
     for half_precision, kernels in (("False", "auto"), ("True", "auto"), ("True", "triton")):
         opts = ["SOLVER.AMP.ENABLED", half_precision, "MODEL.GNWS.KERNELS", kernels]
         cfg = load_config("quick_start", opts)
         try:
             agree_on_kernels(cfg, torch.device("cpu"))
-            queue.put([rank, cfg.MODEL.GNWS.KERNELS])
+            results.append(cfg.MODEL.GNWS.KERNELS)
         except UserError as e:
-            queue.put([rank, str(e)])
+            results.append(str(e))
     dist.barrier()
     dist.destroy_process_group()
+    return results
 
 
 def test_all_ranks_refuse_kernels_that_fail_on_one(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [
-        context.Process(target=_check_kernels, args=(rank, tmp_path / "store", queue))
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    results = [queue.get(timeout=120) for _ in range(6)]
-    for process in processes:
-        process.join()
-    for rank in range(2):
-        right, wrong, forced = (result for of, result in results if of == rank)
+    ranks = [(rank, tmp_path / "store") for rank in range(2)]
+    with torch.multiprocessing.get_context("spawn").Pool(2) as pool:
+        results = pool.starmap_async(_check_kernels, ranks, chunksize=1).get(timeout=120)
+    for right, wrong, forced in results:
         assert (right, wrong) == ("auto", "torch")
         assert '"triton", but on rank 1, the kernels fail their check in torch.float16' in forced
