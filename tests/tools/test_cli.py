@@ -8,7 +8,7 @@ import pytest
 from detectron2.engine import default_argument_parser
 
 from gnws_d2.engine import train_net
-from gnws_tools.cli import COMMANDS, add_train_arguments, main
+from gnws_tools.cli import COMMANDS, add_train_arguments
 
 HELP = """
 import sys, time
@@ -56,12 +56,10 @@ def test_mistakes_end_at_once_with_status_2(args, message):
 
 
 @pytest.mark.parametrize("command, eval_only", [("train", False), ("eval", True)])
-def test_train_and_eval_are_train_net(monkeypatch, command, eval_only):
+def test_train_and_eval_are_train_net(monkeypatch, gnws, command, eval_only):
     jobs = []
     monkeypatch.setattr(train_net, "run", jobs.append)
-    argv = ["gnws", command, "--config-file", "quick_start", "OUTPUT_DIR", "new"]
-    monkeypatch.setattr(sys, "argv", argv)
-    main()
+    gnws(command, "--config-file", "quick_start", "OUTPUT_DIR", "new")
     assert [job.eval_only for job in jobs] == [eval_only]
     assert jobs[0].opts == ["OUTPUT_DIR", "new"]
 
