@@ -216,12 +216,7 @@ def losses(image, state, boxes, classes, masks, min_pos_iou, num_proposals):
     out["loss_cls"] = F.cross_entropy(scores, labels)
     out["loss_box_reg"] = (deltas - targets).abs().sum() / len(rois)
     logits = mask_head(pyramid, rois[positive], state)[torch.arange(len(own)), labels[positive]]
-    crops = roi_align(
-        masks[own, None].float(),
-        torch.cat([torch.arange(len(own))[:, None], rois[positive]], dim=1),
-        28,
-        sampling_ratio=-1,
-        aligned=True,
-    )
+    boxes = torch.cat([torch.arange(len(own))[:, None], rois[positive]], dim=1)
+    crops = roi_align(masks[own, None].float(), boxes, 28, sampling_ratio=-1, aligned=True)
     out["loss_mask"] = F.binary_cross_entropy_with_logits(logits, (crops[:, 0] >= 0.5).float())
     return out

@@ -66,13 +66,10 @@ def test_each_class_has_one_legible_color():
     assert min(gaps) > 0.3
     masks = torch.zeros(3, 100, 100, dtype=torch.bool)
     masks[:, 20:40, 20:40] = True
-    instances = Instances(
-        (100, 100),
-        pred_boxes=Boxes(torch.tensor([[20.0, 20, 40, 40]] * 3)),
-        pred_classes=torch.tensor([0, 1, 0]),
-        scores=torch.tensor([0.9, 0.8, 0.7]),
-        pred_masks=masks,
-    )
+    boxes = Boxes(torch.tensor([[20.0, 20, 40, 40]] * 3))
+    instances = Instances((100, 100), pred_boxes=boxes, pred_masks=masks)
+    instances.pred_classes = torch.tensor([0, 1, 0])
+    instances.scores = torch.tensor([0.9, 0.8, 0.7])
     metadata = Metadata(thing_classes=["fig", "date"])
     image = np.zeros((100, 100, 3), np.uint8)
 

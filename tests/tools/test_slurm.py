@@ -55,12 +55,9 @@ def job(tmp_path):
             "SLURM_JOB_NODELIST": "node[7,9]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8",
             **environ,
         }  # fmt: skip
-        jobs.append(
-            subprocess.Popen(
-                ["bash", str(SCRIPT), *args], cwd=tmp_path, env=environ, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )
-        )  # fmt: skip
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command = ["bash", str(SCRIPT), *args]
+        jobs.append(subprocess.Popen(command, cwd=tmp_path, env=environ, **pipes))
         return jobs[-1]
 
     yield start
