@@ -9,8 +9,10 @@ import sys
 import cv2
 import numpy as np
 import pytest
+import runs
 import torch
 import yaml
+from builders import coco
 from conftest import ASSETS, ROOT, small_mask_rcnn
 from detectron2.modeling import build_model
 from hub_server import HubServer
@@ -31,20 +33,14 @@ REPO = "marie/fruits"
 PHOTOGRAPH = ASSETS / "fruits_nuts" / "images" / "0.jpg"
 # Names of the machine, the user and the training images, which nobody else is to know.
 SECRETS = ["node7", "curie", "holiday", "/home", "/tmp", str(ROOT), "hf_secret_run"]
-START = {
+START = runs.START | {
     "command": "gnws finetune --data /home/curie/holiday --output /home/curie/hf_secret_run",
-    "num_processes": 1,
-    "num_machines": 1,
-    "machine": {
-        "host": "node7", "cpu": "AMD", "gpus": [], "cuda": None, "versions": {"torch": "2.15.0"},
-    },
-    "start": "2026-12-31T23:59:00",
-    "end": "2027-01-01T00:01:28",
+    "machine": runs.START["machine"] | {"versions": {"torch": "2.15.0"}},
     "iterations": 60,
     "best_checkpoint": "model_best.pth",
     "last_checkpoint": "model_final.pth",
     "status": "finished",
-}  # fmt: skip
+}
 # Every process calls the machine node7.
 PROGRAM = """
 import os, platform, socket, sys
@@ -64,18 +60,20 @@ def environment(hub, home, **more):
     return {**os.environ, "HF_HUB_DISABLE_XET": "1", "USER": "curie", **names, **more}
 
 
+def program(code, env, *args):
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM + code, *map(str, args)]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
 def run(code, env, *args):
     """Run a program; return its lines that start with RETURNED or ERROR."""
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM + code, *map(str, args)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = program(code, env, *args)
     assert done.returncode == 0, done.stderr
     return [line for line in done.stdout.splitlines() if line.startswith(("RETURNED", "ERROR"))]
 
 
 def gnws(env, *args):
-    code = "from gnws_tools.cli import main; sys.argv[0] = 'gnws'; main()"
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM + code, *map(str, args)]
-    return subprocess.run(command, env=env, capture_output=True, text=True)
+    return program("from gnws_tools.cli import main; sys.argv[0] = 'gnws'; main()", env, *args)
 
 
 @pytest.fixture(scope="module")
@@ -91,29 +89,22 @@ def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("curie")
     path = root / "hf_secret_run"
     path.mkdir()
-    box = {"bbox": [1, 1, 9, 9], "area": 81, "category_id": 1}
-    coco = {
-        "images": [
-            {"id": i, "file_name": f"holiday_{i}.jpg", "width": 64, "height": 64} for i in range(3)
-        ],
-        "annotations": [{**box, "id": i, "image_id": 0, "iscrowd": int(i == 4)} for i in range(5)],
-        "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)],
-    }
-    (root / "holiday.json").write_text(json.dumps(coco))
-    cfg = small_mask_rcnn(path / "model_best.pth", CLASSES)
+    images = [f"holiday_{i}.jpg" for i in range(3)]
+    objects = [(images[0], CLASSES[0], [1, 1, 9, 9])] * 5
+    truth = coco(dict.fromkeys(images, (64, 64)), objects, CLASSES, masks=False)
+    truth["annotations"][4]["iscrowd"] = 1
+    (root / "holiday.json").write_text(json.dumps(truth))
+    small_mask_rcnn(path / "model_best.pth", CLASSES)
     checkpoint = torch.load(path / "model_best.pth")
     torch.save({**checkpoint, "iteration": 39}, path / "model_best.pth")
     names = ["DATASETS.TRAIN", "('holiday',)", "DATASETS.TEST", "('holiday',)"]
     opts = [*names, "SOLVER.MAX_ITER", "60", "OUTPUT_DIR", str(path), "INPUT.MIN_SIZE_TEST", "100"]
     dataset = ["holiday", str(root / "holiday.json"), str(root)]
-    cfg = load_config("quick_start", opts, [dataset])
-    (path / "config.yaml").write_text(cfg.dump())
-    (path / "run.json").write_text(json.dumps([START]))
     (path / "threshold.json").write_text(json.dumps(THRESHOLD))
     lines = [{"iteration": i, "lr": 0.1} for i in (19, 39, 59)]
     lines += [{"iteration": 39, "bbox/AP": 41.26, "bbox/AP50": 61.0, "bbox/APl": float("nan")}]
     lines += [{"iteration": 39, "segm/AP": 35.5}, {"iteration": 60, "bbox/AP": 12.3}]
-    (path / "metrics.json").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    runs.write_run(path, *opts, lines=lines, starts=[START], datasets=[dataset])
     exif = Image.Exif()
     exif[0x010E] = "node7 /home/curie"  # ImageDescription
     Image.open(PHOTOGRAPH).resize((320, 240)).save(root / "holiday_picture.jpg", exif=exif)
