@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import ROOT
 from detectron2.engine import HookBase
 
 from gnws_d2.config import load_config
@@ -13,7 +12,7 @@ DECAY = 0.75
 
 def make_config(output_dir, iterations, *keys):
     return load_config(
-        str(ROOT / "configs" / "quick_start.yaml"),
+        "quick_start",
         [
             "OUTPUT_DIR", str(output_dir), "SOLVER.MAX_ITER", iterations, "SOLVER.IMS_PER_BATCH", 2,
             "SOLVER.WARMUP_ITERS", 0, "SOLVER.EMA_DECAY", DECAY, "SOLVER.CHECKPOINT_PERIOD", 2,
