@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import mmdet_state, small_mask_rcnn
+from conftest import published, small_mask_rcnn
 from detectron2.modeling import build_model
 from torchvision.ops import box_iou
 
@@ -276,11 +276,7 @@ def test_mistake_in_a_path_is_one_sentence(small, photographs, tmp_path):
     [pytest.param(name, marks=getattr(pytest.mark, mark)) for name, mark in NETWORKS.items()],
 )
 def test_every_network_in_every_format(name, photographs, tmp_path):
-    torch.save({"meta": {}, "state_dict": mmdet_state(name)}, tmp_path / "published.pth")
-    cfg = model_zoo.get_config(name)
-    cfg.MODEL.WEIGHTS = str(tmp_path / "published.pth")
-    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 100
-    cfg.INPUT.MIN_SIZE_TEST = 120
+    cfg = published(name, tmp_path / "published.pth", size=120)
     images = read(cfg, photographs.images / "7.jpg")
     (expected,) = eager(cfg, images)
     assert len(expected) > 20

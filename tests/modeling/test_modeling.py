@@ -91,7 +91,7 @@ def test_unknown_kernels_are_refused():
         build_model(cfg)
 
 
-@pytest.mark.parametrize("kernels", ["auto", "triton", "torch"])
+@pytest.mark.parametrize("kernels", ["auto", "triton", "torch", "reference"])
 def test_all_layers_have_the_kernels_of_the_config(kernels):
     cfg = get_config()
     cfg.MODEL.GNWS.KERNELS = kernels
