@@ -31,18 +31,10 @@ def test_learning_rate(row):
         scheduler.step()
         return optimizer.param_groups[0]["lr"]
 
-    expected = {
-        0: 0.02 * 0.001,
-        250: 0.02 * (0.001 + 0.999 * 250 / 500),
-        500: 0.02,
-        first - 1: 0.02,
-        first: 0.002,
-        first + 1: 0.002,
-        second - 1: 0.002,
-        second: 0.0002,
-        second + 1: 0.0002,
-        last - 1: 0.0002,
-    }
+    lr = 0.02
+    expected = {0: lr * 0.001, 250: lr * (0.001 + 0.999 * 250 / 500), 500: lr, last - 1: lr / 100}
+    for step, before, after in ((first, lr, lr / 10), (second, lr / 10, lr / 100)):
+        expected |= {step - 1: before, step: after, step + 1: after}
     assert {i: learning_rate(i) for i in expected} == pytest.approx(expected, rel=1e-9)
 
 
