@@ -12,32 +12,23 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, launches_on_cpu, processes_of_test, wait_for
+from conftest import ROOT, TINY, launches_on_cpu, processes_of_test, run_python, wait_for
 
 from gnws_d2.config import load_config
 from gnws_d2.evaluation import best_thresholds, evaluate_results, read_truth
 
-TINY = [
-    "SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()",
-    "INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96",
-    "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0",
-]  # fmt: skip
-
 
 def start_train_net(*args, datasets, cwd=None):
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train_net.py"), *args],
-        cwd=cwd or datasets,
-        env={**os.environ, "DETECTRON2_DATASETS": str(datasets)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    environ = {**os.environ, "DETECTRON2_DATASETS": str(datasets)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True}
+    command = [sys.executable, str(ROOT / "train_net.py"), *args]
+    return subprocess.Popen(command, cwd=cwd or datasets, env=environ, text=True, **pipes)
 
 
-def train_net(*args, datasets):
-    return end(start_train_net(*args, datasets=datasets))
+def train_net(*args, datasets, status=0):
+    run = end(start_train_net(*args, datasets=datasets))
+    assert run.returncode == status, run.stderr
+    return run
 
 
 def end(process):
@@ -64,12 +55,10 @@ def test_train_resume_evaluate_and_report(fruits, tmp_path):
     output = tmp_path / "output"
 
     run = train_net("--resume", *options, *keys, "SOLVER.MAX_ITER", "2", datasets=tmp_path)
-    assert run.returncode == 0, run.stderr
     assert not any(word in run.stderr for word in ("deprecat", "meshgrid", "is_fx_tracing"))
     assert (output / "config.yaml").is_file() and (output / "model_0000001.pth").is_file()
 
     run = train_net("--resume", *options, *keys, "SOLVER.MAX_ITER", "4", datasets=tmp_path)
-    assert run.returncode == 0, run.stderr
     assert "Starting training from iteration 2" in run.stdout
     first, second = json.loads((output / "run.json").read_text())
     assert (first["iterations"], second["first_iteration"], second["iterations"]) == (2, 2, 4)
@@ -82,8 +71,8 @@ def test_train_resume_evaluate_and_report(fruits, tmp_path):
 
     weights = ["MODEL.WEIGHTS", str(output / "model_final.pth"), "OUTPUT_DIR", "evaluated"]
     weights += ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 100, 0.1]]"]
-    run = train_net("--eval-only", *options, *keys, *weights, datasets=tmp_path)
-    assert run.returncode == 1 and "verification failed" in run.stdout, run.stderr
+    run = train_net("--eval-only", *options, *keys, *weights, datasets=tmp_path, status=1)
+    assert "verification failed" in run.stdout
     files = [
         d / "inference" / "coco_instances_results.json" for d in (output, tmp_path / "evaluated")
     ]
@@ -95,20 +84,14 @@ def test_train_resume_evaluate_and_report(fruits, tmp_path):
         threshold = json.loads((directory / "threshold.json").read_text())["threshold"]
         assert threshold == best.threshold
 
-    run = report("output", *options[:4], cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert "| box " in run.stdout and "| mask " in run.stdout
+    tool = ROOT / "tools" / "report.py"
+    printed = run_python(tool, "output", *options[:4], cwd=tmp_path)
+    assert "| box " in printed and "| mask " in printed
     page = (output / "report.html").read_text()
     for text in ("4 of 4", f"torch {torch.__version__.partition('+')[0]}", "gnws_d2 0", "threads"):
         assert text in page, text
-    run = report("evaluated", *options[:4], cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
+    run_python(tool, "evaluated", *options[:4], cwd=tmp_path)
     assert "nothing was trained here" in (tmp_path / "evaluated" / "report.html").read_text()
-
-
-def report(*args, cwd):
-    tool = [sys.executable, str(ROOT / "tools" / "report.py"), *args]
-    return subprocess.run(tool, cwd=cwd, capture_output=True, text=True)
 
 
 @pytest.mark.ci
@@ -116,8 +99,7 @@ def test_two_processes_train_and_evaluate_every_image(fruits, tmp_path):
     """Through the launcher, on Gloo; the images of both ranks are evaluated, each once."""
     options, keys = fruits
     keys += ["SOLVER.MAX_ITER", "2", "SOLVER.REFERENCE_WORLD_SIZE", "0", "OUTPUT_DIR", "output"]
-    run = train_net("--num-gpus", "2", *options, *keys, datasets=tmp_path)
-    assert run.returncode == 0, run.stderr
+    train_net("--num-gpus", "2", *options, *keys, datasets=tmp_path)
     assert (tmp_path / "output" / "log.txt.rank1").is_file()
     file = tmp_path / "output" / "inference" / "coco_instances_results.json"
     predictions = json.loads(file.read_text())
@@ -139,9 +121,8 @@ def test_truncated_image_stops_training_with_its_name(photographs, tmp_path, pro
         "--dataset", "cut", str(photographs.json_file), str(images),
         "--config-file", str(ROOT / "configs" / "quick_start.yaml"),
         "DATASETS.TRAIN", "('cut',)", "DATASETS.TEST", "()", *TINY, "DATALOADER.NUM_WORKERS", "1",
-        "SOLVER.REFERENCE_WORLD_SIZE", "0", datasets=tmp_path,
+        "SOLVER.REFERENCE_WORLD_SIZE", "0", datasets=tmp_path, status=2,
     )  # fmt: skip
-    assert run.returncode == 2
     assert "Traceback" not in run.stdout + run.stderr
     (error,) = [line for line in run.stderr.splitlines() if "error:" in line]
     assert error.startswith("train_net.py: error: The image ") and "truncated" in error
@@ -159,7 +140,6 @@ def test_sigterm_leaves_a_checkpoint_that_another_number_of_processes_resumes(fr
 
     two = ["--num-gpus", "2", "--dist-url", "auto"]
     run = train_net(*two, *options, *keys, "SOLVER.MAX_ITER", "3", datasets=tmp_path)
-    assert run.returncode == 0, run.stderr
     process = start_train_net(
         "--resume", *options, *keys, "SOLVER.MAX_ITER", "1000", datasets=tmp_path
     )
@@ -208,8 +188,7 @@ def test_sigterm_to_all_processes_of_a_job_stops_an_evaluation(fruits, tmp_path)
 def test_evaluation_leaves_the_files_of_a_training_alone(fruits, tmp_path):
     options, keys = fruits
     keys += ["SOLVER.MAX_ITER", "3", "SOLVER.REFERENCE_WORLD_SIZE", "0"]
-    run = train_net(*options, *keys, "OUTPUT_DIR", "out", datasets=tmp_path)
-    assert run.returncode == 0, run.stderr
+    train_net(*options, *keys, "OUTPUT_DIR", "out", datasets=tmp_path)
 
     def files(directory):
         return {p.name: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
@@ -218,8 +197,7 @@ def test_evaluation_leaves_the_files_of_a_training_alone(fruits, tmp_path):
     shutil.copytree(tmp_path / "out", copy)
     # In a copy of the run, which its config.yaml stands for now.
     evaluate = ["--eval-only", "--resume", *options[:4], "--config-file", str(copy / "config.yaml")]
-    run = train_net(*evaluate, "TEST.DETECTIONS_PER_IMAGE", "7", datasets=tmp_path)
-    assert run.returncode == 0, run.stderr
+    train_net(*evaluate, "TEST.DETECTIONS_PER_IMAGE", "7", datasets=tmp_path)
     after = {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()}
     assert files(tmp_path / "out") == before
     assert {name: before[name] for name in after} == after
@@ -229,8 +207,7 @@ def test_evaluation_leaves_the_files_of_a_training_alone(fruits, tmp_path):
     assert (copy / "evaluation" / "inference" / "coco_instances_results.json").is_file()
     # And resumed, the copy is written to.
     resume = ["--resume", *evaluate[2:], "SOLVER.MAX_ITER", "5"]
-    run = train_net(*resume, datasets=tmp_path)
-    assert run.returncode == 0, run.stderr
+    train_net(*resume, datasets=tmp_path)
     assert files(tmp_path / "out") == before
     assert torch.load(copy / "model_final.pth")["iteration"] == 4
 
@@ -242,7 +219,6 @@ def test_machines_without_a_shared_output_dir_do_not_resume(fruits, tmp_path):
     keys += ["DATASETS.TEST", "()", "SOLVER.REFERENCE_WORLD_SIZE", "0", "SOLVER.IMS_PER_BATCH", "2"]
     keys += ["SOLVER.MAX_ITER", "2"]
     run = train_net(*options, *keys, "OUTPUT_DIR", "out", datasets=tmp_path)
-    assert run.returncode == 0, run.stderr
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     machines = []
