@@ -92,7 +92,9 @@ def load_shapes(name: str) -> list[dict[str, Any]]:
                 os.rename(os.path.join(tmp, name), root)
     json_file = os.path.join(root, "annotations.json")
     image_root = os.path.join(root, "images")
-    MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root)
+    metadata = MetadataCatalog.get(name)
+    if not hasattr(metadata, "json_file"):  # an evaluator that is built first sets its own
+        metadata.set(json_file=json_file, image_root=image_root)
     return load_coco_json(json_file, image_root, name)
 
 

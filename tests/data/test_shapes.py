@@ -5,6 +5,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from conftest import run_python
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import polygons_to_bitmask
 
@@ -75,3 +76,12 @@ def test_several_processes_generate_once(tmp_path):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert pool.map(_load, [str(tmp_path)] * 2) == [100] * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shapes_val", "shapes_val.lock"]
+
+
+def test_evaluator_can_be_built_before_the_dataset_is_loaded(tmp_path):
+    code = (
+        "from gnws_d2.evaluation import COCOEvaluator\nfor name in ('shapes_val', 'shapes_train'):"
+    )
+    code += " COCOEvaluator(name, ('bbox',), output_dir=f'{name}.out').reset()"
+    run_python("-c", code, cwd=tmp_path, DETECTRON2_DATASETS=tmp_path / "datasets")
+    assert {f.name for f in (tmp_path / "datasets").iterdir()} >= {"shapes_val", "shapes_train"}
