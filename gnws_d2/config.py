@@ -32,6 +32,7 @@ def add_gnws_config(cfg: CfgNode) -> None:
     # Detectron2's start: with each residual block as the identity, the weight of its last GroupNorm
     # at 0 (Goyal et al., 2017, section 5.1), and with a mask predictor as large as He et al., 2015.
     cfg.MODEL.GNWS.SCRATCH_INIT = True
+    cfg.register_deprecated_key("MODEL.GNWS.ZERO_INIT_RESIDUAL")  # in runs of earlier versions
 
     # The IoU from which the best anchors of an object are positive although it is below
     # MODEL.RPN.IOU_THRESHOLDS. 0: Detectron2's rule, from any IoU. MMDetection's 0.3 leaves out

@@ -46,6 +46,17 @@ def test_add_gnws_config_is_all_that_reading_the_config_of_a_run_needs(tmp_path)
     assert load_config(str(tmp_path / "config.yaml"), []) == cfg
 
 
+def test_config_of_an_earlier_run_is_read(tmp_path):
+    run = yaml.safe_load(load_config("quick_start", []).dump())
+    run["MODEL"]["GNWS"]["ZERO_INIT_RESIDUAL"] = False
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run))
+    for cfg in (
+        load_config(str(tmp_path / "config.yaml"), []),
+        load_config("quick_start", [], text=yaml.safe_dump(run)),
+    ):
+        assert cfg.SEED == 1 and cfg.MODEL.GNWS.SCRATCH_INIT is True
+
+
 def test_datasets_of_the_command_line_are_recorded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = ["DATASETS.TRAIN", "('a',)", "DATASETS.TEST", "('b', 'c')"]
