@@ -114,7 +114,7 @@ def _augmentation(
 ) -> list[Choice]:
     choices = []
     if augment or cfg.INPUT.AUGMENTATION == "none":  # or else the config's stays
-        reason = "--augment" if augment else "better on small data: docs/own_data.md, Measured"
+        reason = "--augment" if augment else "better on small data: docs/own_data.md"
         augment = augment or _AUGMENTATION
         choices.append(Choice("INPUT.AUGMENTATION", augment, reason))
         bitmasks = masks and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "bitmask"
