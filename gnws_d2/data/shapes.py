@@ -93,8 +93,9 @@ def load_shapes(name: str) -> list[dict[str, Any]]:
     json_file = os.path.join(root, "annotations.json")
     image_root = os.path.join(root, "images")
     metadata = MetadataCatalog.get(name)
+    metadata.set(image_root=image_root)
     if not hasattr(metadata, "json_file"):  # an evaluator that is built first sets its own
-        metadata.set(json_file=json_file, image_root=image_root)
+        metadata.set(json_file=json_file)
     return load_coco_json(json_file, image_root, name)
 
 

@@ -252,7 +252,7 @@ def test_a_mirrored_directory_is_nearer_than_one_with_a_directory_of_a_role_belo
 
 
 @pytest.mark.parametrize(
-    "url", ["https://h.org/x/a.png?size=2#top", "http://[x/a.png", "s3://b/a.png"]
+    "url", ["https://h.org/x/a.png?size=2#top", "http://[x/a.png", "my_disk://pictures/a.png"]
 )
 def test_picture_that_a_url_names(tmp_path, url):
     files = {"pictures/a.png": picture("red"), "b.png": picture("blue"), "b.xml": voc("red", url)}

@@ -110,9 +110,9 @@ class Tree:
         several pictures the nearest: in the directory of the label, in the one that mirrors it, in
         the same split. Raise :class:`UserError` if several are equally near.
         """
-        named = named or ""
         # Of a URL the path; urllib refuses some.
-        parts = _parts(re.sub(r"^.*?://[^/]*|[?#].*", "", named) if "://" in named else named)
+        url = re.match(r"[a-z][a-z0-9+.-]*://[^/?#]*([^?#]*)", named or "", re.I)
+        parts = _parts(url[1] if url else named or "")
         for start in range(len(parts)):
             end = [part.lower() for part in parts[start:]]
             of_stem = self._of_stem.get(stem(end[-1]), [])

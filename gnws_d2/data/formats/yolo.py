@@ -20,7 +20,7 @@ def find(tree: Tree) -> list[str]:
     stems = {stem(picture).lower() for picture in tree.pictures}
     for file in tree.with_suffix(".txt"):
         *directories, name = file.lower().split("/")
-        if not re.fullmatch(NAME_FILES, name) and ("labels" in directories or stem(name) in stems):
+        if name not in NAME_FILES and ("labels" in directories or stem(name) in stems):
             line = read_text(tree.path(file)).strip().partition("\n")[0].strip()
             first = [to_number(word) is not None for word in _SEPARATOR.split(line)[:5]]
             if not line or sum(first) >= 4:

@@ -1,7 +1,6 @@
 """A YOLO dataset's ``data.yaml``: names of classes, keypoints, splits. Or the files before it."""
 
 import os
-import re
 from typing import Any
 
 from ...utils.errors import UserError
@@ -9,7 +8,7 @@ from ..check import to_number
 from . import unreadable
 from .tree import Tree, read_text
 
-NAME_FILES = r"(predefined_)?classes\.txt|_darknet\.labels|.+\.names"
+NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels", "predefined_classes.txt")
 
 
 def find_data_file(tree: Tree) -> tuple[str, dict[str, Any]]:
@@ -27,10 +26,10 @@ def read_classes(tree: Tree) -> dict[str, int]:
         for file, content in tree.yamls.items()
         if content.get("names") is not None
     }
-    for file in () if found else tree.files:
-        if re.fullmatch(NAME_FILES, os.path.basename(file).lower()):
-            lines = read_text(tree.path(file)).strip().splitlines()
-            found[file] = {line.strip(): i for i, line in enumerate(lines, 1) if line.strip()}
+    files = [f for f in tree.files if os.path.basename(f).lower() in NAME_FILES]
+    for file in () if found else files or tree.with_suffix(".names"):
+        lines = read_text(tree.path(file)).strip().splitlines()
+        found[file] = {line.strip(): i for i, line in enumerate(lines, 1) if line.strip()}
     if not found:
         unreadable.explain(tree)
         raise UserError(
@@ -40,8 +39,8 @@ def read_classes(tree: Tree) -> dict[str, int]:
     first = next(iter(found))
     for file, names in found.items():
         if names != found[first]:
-            files = f"{tree.path(first)} and {tree.path(file)}"
-            raise UserError(f"{files} have different names of classes: remove one of them.")
+            both = f"{tree.path(first)} and {tree.path(file)}"
+            raise UserError(f"{both} have different names of classes: remove one of them.")
     return found[first]
 
 
