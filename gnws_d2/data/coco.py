@@ -171,11 +171,12 @@ def check_datasets(cfg: CfgNode, keys: Sequence[str]) -> None:
 
 def check_num_classes(cfg: CfgNode, dataset: str, classes: list[str]) -> None:
     """Raise :class:`UserError` if the model has another number of classes than the dataset."""
-    key, number = "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    number = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     if len(classes) != number:
         raise UserError(
-            f"{key} is {number}, but the dataset {dataset} has {len(classes)} classes "
-            f"({_join(classes)}): set {key} {len(classes)}."
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {number}, but the dataset {dataset} has "
+            f"{len(classes)} classes ({_join(classes)}): set MODEL.ROI_HEADS.NUM_CLASSES "
+            f"{len(classes)}."
         )
 
 
