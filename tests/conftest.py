@@ -24,7 +24,6 @@ from server import Server
 
 from gnws_d2 import model_zoo
 from gnws_d2.utils.compat import LAUNCHES_ON_CPU
-from gnws_tools.cli import main
 
 settings.register_profile("short", max_examples=150, derandomize=True, deadline=None, database=None)
 settings.register_profile(
@@ -100,6 +99,8 @@ def gnws(monkeypatch, capsys):
     """Run `gnws COMMAND ...` in this process. Return its exit status, stdout and stderr."""
 
     def gnws(command, *args):
+        from gnws_tools.cli import main  # which needs the installed package
+
         monkeypatch.setattr(sys, "argv", [f"gnws {command}", *map(str, args)])
         capsys.readouterr()
         status = 0
