@@ -99,7 +99,8 @@ def gnws(monkeypatch, capsys):
     """Run `gnws COMMAND ...` in this process. Return its exit status, stdout and stderr."""
 
     def gnws(command, *args):
-        from gnws_tools.cli import main  # which needs the installed package
+        monkeypatch.syspath_prepend(ROOT / "tools")  # as for its scripts; it may not be installed
+        from cli import main
 
         monkeypatch.setattr(sys, "argv", [f"gnws {command}", *map(str, args)])
         capsys.readouterr()
